@@ -1,0 +1,175 @@
+"""Adapter folders in PEFT's format: `adapter_config.json` beside `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .adapters import adapters, patched_layers
+from .config import CONFIG_FILE, LoraConfig
+from .layers import LoraLayer, is_adaptable
+from .patch import attach, check_new_adapter, features
+from .quantize import check_quantizable
+from .targets import pattern_value
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+PREFIX = "base_model.model."
+
+logger = logging.getLogger("fastlora")
+
+
+def save(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Writes the adapters of a patched model as PEFT does: "default" into `path`, any other into `path/<name>`.
+
+    Each file is written under a temporary name, synced and renamed, so what was there survives a failure.
+
+    Raises:
+        ValueError: the model is not patched.
+        OSError: the folder cannot be written.
+    """
+    layers = patched_layers(model)
+    for adapter, config in adapters(model).items():
+        folder = Path(path) if adapter == "default" else Path(path, adapter)
+        base = getattr(getattr(model, "config", None), "_name_or_path", None)
+        _write_folder(folder, adapter_tensors(layers, adapter), replace(config, base_model_name_or_path=base))
+
+
+def load(
+    model: nn.Module,
+    path: str | PathLike[str],
+    adapter: str = "default",
+    trainable: bool = False,
+    *,
+    quantize: str | None = None,
+) -> nn.Module:
+    """Puts an adapter folder of PEFT's format on a model, patched or not, and makes the adapter active.
+
+    Args:
+        adapter: the name that it gets in this model.
+        trainable: whether it trains on; otherwise it is frozen.
+        quantize: as in `patch`, for the layers that the adapter is on.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the folder is not an adapter's, or does not fit the model; the model is then as it was.
+    """
+    check_new_adapter(model, adapter)
+    folder = Path(path)
+    config = LoraConfig.from_folder(folder)
+    tensors = read_tensors(folder)
+    modules, weights = _fit(model, config, tensors, folder)
+    check_quantizable(model, modules, quantize)
+    _warn_of_another_base(model, config, folder)
+    attach(model, modules, weights, replace(config, inference_mode=not trainable), adapter, quantize, trainable)
+    return model
+
+
+def adapter_tensors(layers: Mapping[str, LoraLayer], adapter: str) -> dict[str, Tensor]:
+    """The tensors of one adapter under PEFT's names."""
+    tensors = {}
+    for name, layer in layers.items():
+        if adapter in layer.lora_A:
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter].detach().contiguous()
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter].detach().contiguous()
+    return tensors
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder.
+
+    Raises:
+        ValueError: there is no safetensors file, only a pickle, or the file is damaged.
+    """
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        if (folder / PICKLE_FILE).is_file():
+            raise ValueError(
+                f"path: expected {WEIGHTS_FILE}, found {PICKLE_FILE} in {str(folder)!r}, a pickle, which can run any "
+                "code and is never read; where you trust it, load it with PEFT and save it again with "
+                "save_pretrained(path, safe_serialization=True)"
+            )
+        raise ValueError(f"path: expected a folder with {WEIGHTS_FILE}, found none in {str(folder)!r}")
+    try:
+        with safe_open(file, framework="pt") as reader:
+            return {name: reader.get_tensor(name) for name in reader.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected a whole safetensors file, found {error}") from None
+
+
+def _fit(
+    model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], folder: Path
+) -> tuple[dict[str, nn.Module], dict[str, tuple[Tensor, Tensor]]]:
+    """The modules that the tensors belong to, and their A and B, after every check."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.removeprefix(PREFIX).rpartition(".lora_")
+        if not key.startswith(PREFIX) or part not in ("A.weight", "B.weight"):
+            raise ValueError(f"{folder}: expected keys of LoRA weights on linear layers, found {key!r}")
+        parts.setdefault(name, {})[part[0]] = tensor
+    if not parts:
+        raise ValueError(f"{folder}: expected LoRA weights, found an empty file")
+    existing = dict(model.named_modules())
+    base = config.base_model_name_or_path
+    for name, pair in parts.items():
+        if name not in existing:
+            raise ValueError(f"{folder}: expected an adapter for this model, found weights for {name!r} of {base!r}")
+        _check_pair(name, existing[name], pair, pattern_value(config.rank_pattern, name, config.r), folder)
+    return {n: existing[n] for n in parts}, {n: (pair["A"], pair["B"]) for n, pair in parts.items()}
+
+
+def _check_pair(name: str, module: nn.Module, pair: dict[str, Tensor], rank: int, folder: Path) -> None:
+    if not is_adaptable(module):
+        raise ValueError(f"{folder}: expected a linear layer at {name!r}, found {type(module).__name__}")
+    N, K = features(module)
+    for part, expected in (("A", [rank, K]), ("B", [N, rank])):
+        found = list(pair[part].shape) if part in pair else "none"
+        if found != expected:
+            raise ValueError(f"{folder}: expected lora_{part} of shape {expected} for {name!r}, found {found}")
+        if not torch.isfinite(pair[part]).all():
+            raise ValueError(f"{folder}: expected finite weights, found inf or nan in lora_{part} of {name!r}")
+
+
+def _warn_of_another_base(model: nn.Module, config: LoraConfig, folder: Path) -> None:
+    """The shapes fit, so the name may just be another path to the same model: this is no error."""
+    found, wanted = getattr(getattr(model, "config", None), "_name_or_path", None), config.base_model_name_or_path
+    if found and wanted and Path(found).name != Path(wanted).name:
+        logger.warning("%s: the adapter was made for %r, and is put on %r", folder, wanted, found)
+
+
+def _write_folder(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, settings = folder / f".{WEIGHTS_FILE}.tmp", folder / f".{CONFIG_FILE}.tmp"
+    try:
+        save_file(tensors, weights, metadata={"format": "pt"})
+        settings.write_text(config.to_json(), encoding="utf-8")
+        for temporary in (weights, settings):
+            _sync(temporary)
+        os.replace(weights, folder / WEIGHTS_FILE)
+        os.replace(settings, folder / CONFIG_FILE)
+        _sync(folder)
+    except SafetensorError as error:
+        raise OSError(f"{folder}: could not be written: {error}") from error
+    finally:
+        weights.unlink(missing_ok=True)
+        settings.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until the file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,39 @@
+"""The `fastlora` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main() -> None:
+    """LoRA for Hugging Face models on fused kernels."""
+
+
+@app.command()
+def quickstart(
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of a causal LM; default: a small embedded one.")] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to adapt to; default: Python's documentation.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="How long to train.")] = 30,
+    out: Annotated[Path, typer.Option(help="Folder for the adapter and the loss curve.")] = Path("quickstart-out"),
+) -> None:
+    """Adapt, save, reload, merge and use a model, end to end."""
+    from rich.console import Console
+
+    from ..quickstart.demo import quickstart as run
+
+    console = Console()
+    try:
+        outcome = run(model, text, seconds, out, console)
+    except (OSError, ValueError) as error:
+        console.print(f"[red]error[/] {error}", highlight=False)
+        raise typer.Exit(2) from None
+    for problem in outcome.problems():
+        console.print(f"[red]failed[/] {problem}")
+    if outcome.problems():
+        raise typer.Exit(1)

@@ -1,0 +1,6 @@
+"""Modules that hold a frozen weight and adapters, and call the ops."""
+
+from .bitsandbytes import is_linear8bit
+from .linear import LoraConv1D, LoraLayer, LoraLinear, adopt, is_adaptable
+
+__all__ = ["LoraConv1D", "LoraLayer", "LoraLinear", "adopt", "is_adaptable", "is_linear8bit"]

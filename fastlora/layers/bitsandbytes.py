@@ -1,0 +1,39 @@
+"""Reading and rebuilding bitsandbytes' 8-bit linear modules, without importing bitsandbytes."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from fastlora_kernels.reference import INT8_MAX
+
+
+def is_linear8bit(module: nn.Module) -> bool:
+    """Whether `module` is a bitsandbytes `Linear8bitLt` that keeps its weight in int8."""
+    # A model that has one has imported bitsandbytes; fastlora need not, and its import is not free.
+    library = sys.modules.get("bitsandbytes.nn")
+    return library is not None and isinstance(module, library.Linear8bitLt) and not module.state.has_fp16_weights
+
+
+def take_int8(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Codes `[N, K]` and scale `[N]` of a `Linear8bitLt`, whose own references are dropped; None before it quantises.
+
+    They start on the weight and move to the module's state on its first forward.
+    """
+    weight, state = module.weight, module.state
+    codes = state.CB if state.CB is not None else weight.CB
+    absmax = state.SCB if state.SCB is not None else weight.SCB
+    if absmax is None:
+        return None
+    state.CB, state.SCB = None, None
+    return (weight.data if codes is None else codes), absmax.float() / INT8_MAX
+
+
+def restore_linear8bit(module: nn.Module, q: Tensor, scale: Tensor) -> None:
+    """Gives a module whose class is `Linear8bitLt` again its int8 weight."""
+    # absmax is a float16 value, which the rounding brings back exactly.
+    absmax = (scale.float() * INT8_MAX).to(torch.float16).float()
+    parameters = sys.modules["bitsandbytes.nn"].Int8Params
+    module.weight = parameters(q, requires_grad=False, has_fp16_weights=False, CB=q, SCB=absmax)

@@ -1,0 +1,51 @@
+"""Folding adapters into the frozen weights, and taking them out again."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .adapters import patched_layers
+from .layers import LoraLayer
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Folds the active adapter into the weights: `W + scale * B A`, int8 again where W is int8.
+
+    The weights from before are kept for `unmerge`, so merging takes their memory once more. A model that is
+    merged already stays as it is.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model is not patched, or a merged weight would not be finite; nothing is merged then.
+    """
+    todo = {name: layer for name, layer in patched_layers(model).items() if layer.merged_adapter is None}
+    finished = False
+    try:
+        for name, layer in todo.items():
+            _merge_layer(name, layer)
+        finished = True
+    finally:
+        if not finished:
+            for layer in todo.values():
+                layer.unmerge()
+    return model
+
+
+def _merge_layer(name: str, layer: LoraLayer) -> None:
+    try:
+        layer.merge()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Gives back the frozen weights from before `merge`, bit for bit, and returns the same model.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    for layer in patched_layers(model).values():
+        layer.unmerge()
+    return model

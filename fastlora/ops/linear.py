@@ -1,0 +1,124 @@
+"""`lora_linear` as a torch operator with a backward of its own.
+
+Saved for the backward: x where a needs a gradient, s where b needs one, and the seed. Neither the mask nor the
+dropped x nor a dense weight is kept, and the frozen weight never gets a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import implementation
+
+
+@torch.library.custom_op("fastlora::lora_linear", mutates_args=())
+def _forward(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return implementation(x, 0 if a is None else a.shape[0]).lora_linear(x, w, w_scale, bias, a, b, scale, p, seed)
+
+
+@_forward.register_fake
+def _forward_fake(x, w, w_scale, bias, a, b, scale, p, seed):
+    return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], 0 if a is None else a.shape[0])
+
+
+@torch.library.custom_op("fastlora::lora_linear_backward", mutates_args=())
+def _backward(
+    d_y: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    w: Tensor,
+    w_scale: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    needs_x: bool,
+    needs_a: bool,
+    needs_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation(d_y, 0 if a is None else a.shape[0]).lora_linear_backward(
+        d_y, x, s, w, w_scale, a, b, scale, p, seed, needs_x, needs_a, needs_b
+    )
+
+
+@_backward.register_fake
+def _backward_fake(d_y, x, s, w, w_scale, a, b, scale, p, seed, needs_x, needs_a, needs_b):
+    d_x = d_y.new_empty(d_y.shape[0], w.shape[1]) if needs_x else d_y.new_empty(0)
+    d_a = torch.empty_like(a, memory_format=torch.contiguous_format) if needs_a else d_y.new_empty(0)
+    d_b = torch.empty_like(b, memory_format=torch.contiguous_format) if needs_b else d_y.new_empty(0)
+    return d_x, d_a, d_b
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, w, w_scale, _, a, b, ctx.scale, ctx.p, seed = inputs
+    needs_x, _, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+    ctx.needs = needs_x, needs_a, needs_b
+    ctx.save_for_backward(x if needs_a else None, output[1] if needs_b else None, w, w_scale, a, b, seed)
+
+
+def _differentiate(ctx: Any, d_y: Tensor, _d_s: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, s, w, w_scale, a, b, seed = ctx.saved_tensors
+    gradients = _backward(d_y, x, s, w, w_scale, a, b, ctx.scale, ctx.p, seed, *ctx.needs)
+    d_x, d_a, d_b = (d if needed else None for d, needed in zip(gradients, ctx.needs, strict=True))
+    return d_x, None, None, None, d_a, d_b, None, None, None
+
+
+torch.library.register_autograd("fastlora::lora_linear", _differentiate, setup_context=_save)
+
+
+def lora_linear(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    scale: float = 1.0,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`y = x W^T + bias + scale * ((x * mask / (1 - p)) A^T) B^T`, differentiable in x, a and b.
+
+    The contract is in `fastlora_kernels.reference.lora_linear`; here x may have any number of leading axes.
+    A trainable bias is for the caller to add.
+
+    Raises:
+        ValueError: shapes do not fit, a and b are not given together, p is outside [0, 1), or there is no seed
+            for p > 0.
+        TypeError: an int8 w without w_scale, or w_scale with a dense w.
+    """
+    _check(x, w, w_scale, a, b, p, seed)
+    y, _ = _forward(x.reshape(-1, x.shape[-1]), w, w_scale, bias, a, b, scale, p, seed)
+    return y.view(*x.shape[:-1], w.shape[0])
+
+
+def _check(
+    x: Tensor, w: Tensor, w_scale: Tensor | None, a: Tensor | None, b: Tensor | None, p: float, seed: Tensor | None
+) -> None:
+    N, K = w.shape
+    if x.shape[-1] != K:
+        raise ValueError(f"x: expected {K} features in its last axis, as w has, found shape {tuple(x.shape)}")
+    if (w.dtype == torch.int8) != (w_scale is not None):
+        raise TypeError(f"w_scale: expected for an int8 w and only then, found {w_scale is not None} with {w.dtype}")
+    if (a is None) != (b is None):
+        raise ValueError("a, b: expected both or neither")
+    if a is not None and b is not None and (a.shape[1] != K or b.shape != (N, a.shape[0])):
+        raise ValueError(f"a, b: expected [R, {K}] and [{N}, R], found {list(a.shape)} and {list(b.shape)}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p: expected 0 <= p < 1, found {p}")
+    if p > 0 and a is not None and seed is None:
+        raise ValueError("seed: expected one int64 where p > 0, found None")

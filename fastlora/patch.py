@@ -1,0 +1,178 @@
+"""Putting adapters on a model, and taking everything off again."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import REGISTRY, adapters, lora_layers, patched_layers, set_adapter
+from .config import LoraConfig
+from .layers import LoraLayer, adopt, is_linear8bit
+from .quantize import check_quantizable, take_over_bitsandbytes
+from .targets import find_targets, output_head, pattern_value
+
+_TRAINED_BEFORE = "fastlora_trained_before"
+
+
+def patch(
+    model: nn.Module,
+    r: int = 8,
+    targets: list[str] | str | None = None,
+    *,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    quantize: str | None = None,
+    adapter: str = "default",
+    config: Any = None,
+    allow_output_head: bool = False,
+) -> nn.Module:
+    """Puts a LoRA adapter on a model's linear layers and freezes everything else.
+
+    Each target becomes a layer that computes `W x + bias + alpha / r * B A dropout(x)` (LoRA, Hu et al. 2021).
+    A starts Kaiming uniform and B at zero, drawn from torch's generator in PEFT's order, so that one seed gives
+    PEFT's adapter. The new adapter becomes the active one.
+
+    Args:
+        model: any module tree with `nn.Linear`, transformers `Conv1D` or bitsandbytes `Linear8bitLt` layers.
+        r: rank.
+        targets: a list of names or dotted suffixes, one regular expression for whole names, "all-linear", or None
+            for the architecture's default.
+        alpha: the low-rank part is scaled by alpha / r; None means r.
+        dropout: probability to drop an element of the low-rank part's input while training.
+        quantize: "int8" stores the targets' frozen weights as int8 with a scale per output feature.
+        adapter: the adapter's name.
+        config: a `LoraConfig`, or a `peft.LoraConfig`, in place of r, targets, alpha and dropout.
+        allow_output_head: accept the model's output head as a target.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit the model; the model is then as it was.
+    """
+    config = _config(r, targets, alpha, dropout, config)
+    config, modules = find_targets(model, config)
+    _check(model, modules, quantize, adapter, allow_output_head)
+    initial = {name: _initial_adapter(module, name, config) for name, module in modules.items()}
+    attach(model, modules, initial, config, adapter, quantize)
+    return model
+
+
+def attach(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    weights: dict[str, tuple[Tensor, Tensor]],
+    config: LoraConfig,
+    adapter: str,
+    quantize: str | None = None,
+    trainable: bool = True,
+) -> None:
+    """Adds an adapter with given weights A `[R, K]` and B `[N, R]` to checked modules, and makes it active."""
+    _freeze(model)
+    take_over_bitsandbytes(model)
+    for name, module in modules.items():
+        layer = adopt(module)
+        if quantize == "int8" and layer.weight_scale is None:
+            layer.quantize()
+        a, b = weights[name]
+        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        layer.add_adapter(adapter, a, b, config.scaling(a.shape[0], alpha), config.lora_dropout)
+        layer.lora_A[adapter].requires_grad_(trainable)
+        layer.lora_B[adapter].requires_grad_(trainable)
+    model.__dict__.setdefault(REGISTRY, {})[adapter] = config
+    set_adapter(model, adapter)
+
+
+def unload(model: nn.Module, merge: bool = False) -> nn.Module:
+    """Takes every adapter off: the modules are of the classes they had before `patch`, and train if they did.
+
+    Args:
+        merge: fold the active adapter into the weights first. A weight that `patch` quantised comes back dense
+            either way, with the adapter added to it before any rounding.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    for layer in patched_layers(model).values():
+        layer.release(merge)
+    trained = model.__dict__.pop(_TRAINED_BEFORE)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(name in trained)
+    del model.__dict__[REGISTRY]
+    return model
+
+
+def _config(r: int, targets: list[str] | str | None, alpha: float | None, dropout: float, config: Any) -> LoraConfig:
+    if config is None:
+        return LoraConfig(
+            r=r, target_modules=targets, lora_alpha=r if alpha is None else alpha, lora_dropout=dropout
+        )  # fmt: skip
+    if (r, targets, alpha, dropout) != (8, None, None, 0.0):
+        raise ValueError("config: expected either a config or r, targets, alpha and dropout, found both")
+    if isinstance(config, LoraConfig):
+        return config
+    if callable(getattr(config, "to_dict", None)):
+        return LoraConfig.from_peft(config)
+    raise TypeError(f"config: expected a LoraConfig, found {type(config).__name__}")
+
+
+def _check(
+    model: nn.Module, modules: dict[str, nn.Module], quantize: str | None, adapter: str, allow_output_head: bool
+) -> None:
+    check_new_adapter(model, adapter)
+    head = output_head(model)
+    if head in modules and not allow_output_head:
+        raise ValueError(
+            f"targets: expected no output head, found {head!r}; trainers that read its weight to compute the loss "
+            "would leave the adapter untrained without a word; pass allow_output_head=True to adapt it all the same"
+        )
+    check_quantizable(model, modules, quantize)
+
+
+def check_new_adapter(model: nn.Module, adapter: str) -> None:
+    """Raises ValueError where the model cannot take a new adapter of this name."""
+    if adapter in adapters(model):
+        raise ValueError(f"adapter: expected a new name, found {adapter!r}, which the model has already")
+    if not adapter or "." in adapter:
+        raise ValueError(f"adapter: expected a name without dots, found {adapter!r}")
+    if any(layer.merged_adapter is not None for layer in lora_layers(model).values()):
+        raise ValueError("model: expected an unmerged model, found a merged adapter; call fastlora.unmerge(model) first")
+
+
+def _initial_adapter(module: nn.Module, name: str, config: LoraConfig) -> tuple[Tensor, Tensor]:
+    """A `[R, K]` and B `[N, R]` in float32, drawn in PEFT's order from torch's CPU generator."""
+    N, K = features(module)
+    rank = pattern_value(config.rank_pattern, name, config.r)
+    device = "meta" if module.weight.is_meta else "cpu"
+    a = nn.Linear(K, rank, bias=False, device=device).weight.data
+    b = nn.Linear(rank, N, bias=False, device=device).weight.data
+    if config.init_lora_weights is False:
+        return a, b
+    if config.init_lora_weights == "gaussian":
+        nn.init.normal_(a, std=1 / rank)
+    else:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    return a, nn.init.zeros_(b)
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """out_features and in_features of a target."""
+    if isinstance(module, (nn.Linear, LoraLayer)) or is_linear8bit(module):
+        return module.out_features, module.in_features
+    return module.nf, module.nx
+
+
+def _freeze(model: nn.Module) -> None:
+    """Freezes the model the first time it is patched, and notes what trained."""
+    if _TRAINED_BEFORE in model.__dict__:
+        return
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.__dict__[_TRAINED_BEFORE] = trained
+    model.requires_grad_(False)

@@ -1,0 +1,56 @@
+"""Int8 frozen weights, and taking over models that bitsandbytes quantised."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .layers import LoraLayer, adopt, is_linear8bit
+
+QUANTIZATIONS = (None, "int8")
+
+
+def check_quantizable(model: nn.Module, targets: dict[str, nn.Module], quantize: str | None) -> None:
+    """Raises ValueError for an unknown scheme, or where a target's weight is not finite or not its own."""
+    if quantize not in QUANTIZATIONS:
+        raise ValueError(f"quantize: expected one of {QUANTIZATIONS}, found {quantize!r}")
+    if quantize is None:
+        return
+    names = _names_by_weight(model)
+    for name, module in targets.items():
+        if not module.weight.is_floating_point() or (isinstance(module, LoraLayer) and module.weight_scale is not None):
+            continue
+        sharing = [other for other in names[id(module.weight)] if other != name]
+        if sharing:
+            raise ValueError(f"quantize: expected a weight of its own at {name!r}, found it shared with {sharing[0]!r}")
+        if not module.weight.is_meta and not torch.isfinite(module.weight).all():
+            raise ValueError(f"quantize: expected finite weights, found inf or nan in {name}.weight")
+
+
+def _names_by_weight(model: nn.Module) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            names.setdefault(id(weight), []).append(name)
+    return names
+
+
+def take_over_bitsandbytes(model: nn.Module) -> None:
+    """Turns every 8-bit module of bitsandbytes into an int8 layer of fastlora, with the same codes and scales.
+
+    The model then no longer counts as quantised for transformers, whose Trainer refuses one that is not a PeftModel.
+    """
+    modules = [module for module in model.modules() if is_linear8bit(module)]
+    for module in modules:
+        layer = adopt(module)
+        if layer.weight_scale is None:
+            layer.quantize()
+    if not modules:
+        return
+    for name in ("is_quantized", "is_loaded_in_8bit", "hf_quantizer", "quantization_method"):
+        if name in model.__dict__:
+            delattr(model, name)
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "quantization_config"):
+        del config.quantization_config

@@ -1,0 +1,112 @@
+"""Which modules of a model an adapter goes to: PEFT's matching rules, and errors that name what exists."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import nn
+
+from .architectures import DEFAULT_TARGETS
+from .config import LoraConfig
+from .layers import is_adaptable
+
+ALL_LINEAR = "all-linear"
+
+
+def find_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict[str, nn.Module]]:
+    """The config with its targets made explicit, and the modules they select by name.
+
+    Raises:
+        ValueError: nothing is selected, or there is no default for the architecture.
+        TypeError: a selected module is of a kind that cannot carry an adapter.
+    """
+    modules = dict(model.named_modules())
+    config = replace(config, target_modules=_explicit_targets(model, modules, config))
+    selected = {name: module for name, module in modules.items() if name and matches(config, name)}
+    adaptable = {name: module for name, module in selected.items() if is_adaptable(module)}
+    if not selected:
+        raise ValueError(_nothing_found(config, modules))
+    for name, module in selected.items():
+        if name not in adaptable:
+            raise TypeError(
+                f"targets: expected nn.Linear or Conv1D, found {type(module).__name__} at {name!r}; "
+                "leave it out with exclude_modules"
+            )
+    return config, adaptable
+
+
+def matches(config: LoraConfig, name: str) -> bool:
+    """Whether a module of this name gets an adapter; `config.target_modules` is a list or a regular expression."""
+    targets, excluded = config.target_modules, config.exclude_modules
+    if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else _has_suffix(name, excluded)):
+        return False
+    if targets is None:
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return _has_suffix(name, targets) and _in_chosen_layer(config, name)
+
+
+def output_head(model: nn.Module) -> str | None:
+    """The name of the layer that produces the logits, where the model says which one it is."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if head is None:
+        return None
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def pattern_value(patterns: dict, name: str, default):
+    """The value of the first pattern that matches the end of a module's name, else the default."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _explicit_targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str] | str:
+    targets = config.target_modules
+    if targets is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type not in DEFAULT_TARGETS:
+            raise ValueError(
+                f"targets: expected to be given, since there is no default for model_type {model_type!r}; "
+                f"for instance {ALL_LINEAR!r}"
+            )
+        return DEFAULT_TARGETS[model_type]
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        head = output_head(model)
+        return _shortest([n for n, m in modules.items() if is_adaptable(m) and n != head], modules)
+    return targets
+
+
+def _shortest(names: list[str], modules: Iterable[str]) -> list[str]:
+    """The last components of `names` where they select just these modules, else the whole names."""
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in names})
+    return suffixes if {name for name in modules if _has_suffix(name, suffixes)} == set(names) else sorted(names)
+
+
+def _has_suffix(name: str, suffixes: Iterable[str]) -> bool:
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+
+
+def _in_chosen_layer(config: LoraConfig, name: str) -> bool:
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
+        return True
+    patterns = config.layers_pattern or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
+            return int(match.group(1)) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def _nothing_found(config: LoraConfig, modules: dict[str, nn.Module]) -> str:
+    existing = sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if is_adaptable(module)})
+    wanted = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
+    near = [hit for target in wanted for hit in difflib.get_close_matches(target.rsplit(".", 1)[-1], existing, cutoff=0.5)]
+    names = ", ".join(dict.fromkeys(near)) if near else ", ".join(existing)
+    return f"targets: expected names of linear layers, found none for {config.target_modules!r}; nearest: {names}"

@@ -1,0 +1,10 @@
+"""Native CPU implementations of `fastlora_kernels.reference`: vectorised torch around oneDNN's GEMMs.
+
+Names, signatures and contracts are those of the reference.
+"""
+
+from .dropout import dropout_mask
+from .linear import lora_linear, lora_linear_backward
+from .weights import merge_rows, quantize_rows
+
+__all__ = ["dropout_mask", "lora_linear", "lora_linear_backward", "merge_rows", "quantize_rows"]

@@ -1,0 +1,87 @@
+"""`lora_linear` and its backward on oneDNN GEMMs.
+
+An int8 weight is cast, not dequantised, into a scratch buffer that lives on: the integers are exact in every
+float dtype, and the scale goes to whichever side of the product is not the weight.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dropout import drop_, dropped, keep_bits
+
+_scratch = threading.local()
+
+
+def lora_linear(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if w_scale is None:
+        y = F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    else:
+        y = F.linear(x, _cast(w, x.dtype)).mul_(w_scale)
+        if bias is not None:
+            y += bias
+    if a is None or b is None:
+        return y, x.new_empty(x.shape[0], 0)
+    if p > 0 and seed is not None:
+        x = dropped(x, keep_bits(seed, *x.shape, p))
+    # Scalars go into the float32 adapters before they are rounded to the dtype of x, which costs no accuracy.
+    s = F.linear(x, (a / (1 - p)).to(x.dtype))
+    return y.addmm_(s, (scale * b).to(x.dtype).T), s
+
+
+def lora_linear_backward(
+    d_y: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    w: Tensor,
+    w_scale: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    needs_x: bool,
+    needs_a: bool,
+    needs_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = d_y.dtype
+    d_x, d_a, d_b = d_y.new_empty(0), d_y.new_empty(0), d_y.new_empty(0)
+    if needs_x:
+        d_x = d_y @ w.to(dtype) if w_scale is None else (d_y * w_scale).to(dtype) @ _cast(w, dtype)
+    if a is None or b is None:
+        return d_x, d_a, d_b
+    if needs_b:
+        d_b = (d_y.T @ s).to(b.dtype).mul_(scale)
+    if needs_x or needs_a:
+        d_s = d_y @ (scale / (1 - p) * b).to(dtype)
+        keep = keep_bits(seed, d_y.shape[0], w.shape[1], p) if p > 0 and seed is not None else None
+        if needs_a:
+            d_a = (d_s.T @ (x if keep is None else dropped(x, keep))).to(a.dtype)
+        if needs_x:
+            if keep is None:
+                d_x.addmm_(d_s, a.to(dtype))
+            else:
+                d_x += drop_(d_s @ a.to(dtype), keep)
+    return d_x, d_a, d_b
+
+
+def _cast(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """An int8 weight in `dtype`, in this thread's scratch buffer: valid until the next call."""
+    buffer = getattr(_scratch, "buffer", None)
+    if buffer is None or buffer.dtype != dtype or buffer.numel() < w.numel():
+        buffer = _scratch.buffer = torch.empty(w.numel(), dtype=dtype)
+    return buffer[: w.numel()].view(w.shape).copy_(w)

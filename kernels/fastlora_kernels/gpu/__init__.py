@@ -1,0 +1,9 @@
+"""Triton implementations of `fastlora_kernels.reference`, under the same names and signatures."""
+
+from .dropout import dropout_mask
+from .lora_linear import lora_linear
+from .lora_linear_backward import lora_linear_backward
+from .merge import merge_rows
+from .quantize import quantize_rows
+
+__all__ = ["dropout_mask", "lora_linear", "lora_linear_backward", "merge_rows", "quantize_rows"]

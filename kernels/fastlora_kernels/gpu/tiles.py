@@ -1,0 +1,55 @@
+"""Which tile a kernel runs with, by architecture, dtype, number of tokens and rank.
+
+These are safe tiles, not tuned ones: they compile without spills and within the shared memory of every supported
+architecture, which `make kernels` checks. An unknown architecture gets the smallest shared memory's tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_RANK = 256
+LARGE_SHARED_MEMORY = {80, 90, 100}  # at least 160 KB per block; the others have 99 KB
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes and compiler options. `block_c` is the axis that a kernel loops over or reduces."""
+
+    block_m: int
+    block_n: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+
+def _fitted(tile: Tile, arch: int | None, itemsize: int) -> Tile:
+    """Half the depth for float32 operands, two stages where shared memory is small."""
+    block_c = max(16, tile.block_c * 2 // max(itemsize, 2))
+    stages = tile.num_stages if arch in LARGE_SHARED_MEMORY else min(tile.num_stages, 2)
+    return Tile(tile.block_m, tile.block_n, block_c, tile.num_warps, stages)
+
+
+def linear_tile(arch: int | None, itemsize: int, tokens: int, block_r: int) -> Tile:
+    """For the kernels that produce y or d_x: block_n output features, block_m tokens, block_c contracted."""
+    if block_r >= 256:
+        tile = Tile(16, 32, 32, 8, 2)
+    elif block_r >= 128:
+        tile = Tile(16 if tokens <= 16 else 32, 64, 32, 8, 2)
+    elif block_r >= 64:
+        tile = Tile(16 if tokens <= 16 else 32, 64, 64, 4, 2)
+    else:
+        tile = Tile(16 if tokens <= 16 else 64, 64, 64, 4, 3)
+    return _fitted(tile, arch, itemsize)
+
+
+def shrink_tile(arch: int | None, itemsize: int, tokens: int, block_r: int) -> Tile:
+    """For `[M, C] @ [C, R]`: block_m tokens, block_c contracted."""
+    tile = Tile(16 if tokens <= 16 or block_r >= 256 else 32, 0, 32 if block_r >= 128 else 64, 4, 2)
+    return _fitted(tile, arch, itemsize)
+
+
+def token_reduce_tile(arch: int | None, itemsize: int, block_r: int) -> Tile:
+    """For `[M, R]^T @ [M, C]`: block_m tokens per step, block_n columns of C."""
+    tile = Tile(32, 32 if block_r >= 128 else 64, 0, 8 if block_r >= 256 else 4, 2)
+    return _fitted(tile, arch, itemsize)
