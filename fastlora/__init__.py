@@ -1,9 +1,9 @@
 """fastlora: LoRA for Hugging Face models on fused kernels.
 
-    model = fastlora.patch(model, r=8, targets=["q_proj", "v_proj"], quantize="int8")
-    ...  # train with anything
-    fastlora.save(model, "adapter")
-    fastlora.merge(model)
+model = fastlora.patch(model, r=8, targets=["q_proj", "v_proj"], quantize="int8")
+...  # train with anything
+fastlora.save(model, "adapter")
+fastlora.merge(model)
 """
 
 from .adapter_io import load, save

@@ -103,7 +103,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"path: expected a folder with {WEIGHTS_FILE}, found none in {str(folder)!r}")
     try:
         with safe_open(file, framework="pt") as reader:
-            return {name: reader.get_tensor(name) for name in reader.keys()}
+            names = reader.keys()  # the reader is no mapping
+            return {name: reader.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{file}: expected a whole safetensors file, found {error}") from None
 

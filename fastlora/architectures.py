@@ -6,6 +6,7 @@ _SPLIT = ["q_proj", "v_proj"]
 _FUSED = ["query_key_value"]
 _BERT = ["query", "value"]
 _T5 = ["q", "v"]
+_GPT2 = ["c_attn"]
 
 DEFAULT_TARGETS: dict[str, list[str] | str] = {
     **dict.fromkeys(("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm"), _SPLIT),
@@ -13,7 +14,7 @@ DEFAULT_TARGETS: dict[str, list[str] | str] = {
     **dict.fromkeys(("bloom", "chatglm", "falcon", "gpt_neox", "RefinedWeb", "RefinedWebModel"), _FUSED),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), _BERT),
     **dict.fromkeys(("t5", "mt5"), _T5),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), ["c_attn"]),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), _GPT2),
     "blip-2": [*_T5, *_SPLIT],
     "btlm": ["c_proj", "c_attn"],
     "codegen": ["qkv_proj"],

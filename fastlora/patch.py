@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .adapters import REGISTRY, adapters, lora_layers, patched_layers, set_adapter
@@ -63,7 +62,7 @@ def patch(
 
 def attach(
     model: nn.Module,
-    modules: dict[str, nn.Module],
+    modules: dict[str, Any],
     weights: dict[str, tuple[Tensor, Tensor]],
     config: LoraConfig,
     adapter: str,
@@ -124,7 +123,7 @@ def _config(r: int, targets: list[str] | str | None, alpha: float | None, dropou
 
 
 def _check(
-    model: nn.Module, modules: dict[str, nn.Module], quantize: str | None, adapter: str, allow_output_head: bool
+    model: nn.Module, modules: dict[str, Any], quantize: str | None, adapter: str, allow_output_head: bool
 ) -> None:
     check_new_adapter(model, adapter)
     head = output_head(model)
@@ -143,10 +142,12 @@ def check_new_adapter(model: nn.Module, adapter: str) -> None:
     if not adapter or "." in adapter:
         raise ValueError(f"adapter: expected a name without dots, found {adapter!r}")
     if any(layer.merged_adapter is not None for layer in lora_layers(model).values()):
-        raise ValueError("model: expected an unmerged model, found a merged adapter; call fastlora.unmerge(model) first")
+        raise ValueError(
+            "model: expected an unmerged model, found a merged adapter; call fastlora.unmerge(model) first"
+        )
 
 
-def _initial_adapter(module: nn.Module, name: str, config: LoraConfig) -> tuple[Tensor, Tensor]:
+def _initial_adapter(module: Any, name: str, config: LoraConfig) -> tuple[Tensor, Tensor]:
     """A `[R, K]` and B `[N, R]` in float32, drawn in PEFT's order from torch's CPU generator."""
     N, K = features(module)
     rank = pattern_value(config.rank_pattern, name, config.r)
@@ -162,7 +163,7 @@ def _initial_adapter(module: nn.Module, name: str, config: LoraConfig) -> tuple[
     return a, nn.init.zeros_(b)
 
 
-def features(module: nn.Module) -> tuple[int, int]:
+def features(module: Any) -> tuple[int, int]:
     """out_features and in_features of a target."""
     if isinstance(module, (nn.Linear, LoraLayer)) or is_linear8bit(module):
         return module.out_features, module.in_features

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,7 +12,7 @@ from .layers import LoraLayer, adopt, is_linear8bit
 QUANTIZATIONS = (None, "int8")
 
 
-def check_quantizable(model: nn.Module, targets: dict[str, nn.Module], quantize: str | None) -> None:
+def check_quantizable(model: nn.Module, targets: dict[str, Any], quantize: str | None) -> None:
     """Raises ValueError for an unknown scheme, or where a target's weight is not finite or not its own."""
     if quantize not in QUANTIZATIONS:
         raise ValueError(f"quantize: expected one of {QUANTIZATIONS}, found {quantize!r}")

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +17,7 @@ from .layers import is_adaptable
 ALL_LINEAR = "all-linear"
 
 
-def find_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict[str, nn.Module]]:
+def find_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict[str, Any]]:
     """The config with its targets made explicit, and the modules they select by name.
 
     Raises:
@@ -76,7 +77,8 @@ def _explicit_targets(model: nn.Module, modules: dict[str, nn.Module], config: L
                 f"targets: expected to be given, since there is no default for model_type {model_type!r}; "
                 f"for instance {ALL_LINEAR!r}"
             )
-        return DEFAULT_TARGETS[model_type]
+        default = DEFAULT_TARGETS[model_type]
+        return default if isinstance(default, str) else list(default)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         head = output_head(model)
         return _shortest([n for n, m in modules.items() if is_adaptable(m) and n != head], modules)
@@ -107,6 +109,8 @@ def _in_chosen_layer(config: LoraConfig, name: str) -> bool:
 def _nothing_found(config: LoraConfig, modules: dict[str, nn.Module]) -> str:
     existing = sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if is_adaptable(module)})
     wanted = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
-    near = [hit for target in wanted for hit in difflib.get_close_matches(target.rsplit(".", 1)[-1], existing, cutoff=0.5)]
+    near = [
+        hit for target in wanted for hit in difflib.get_close_matches(target.rsplit(".", 1)[-1], existing, cutoff=0.5)
+    ]
     names = ", ".join(dict.fromkeys(near)) if near else ", ".join(existing)
     return f"targets: expected names of linear layers, found none for {config.target_modules!r}; nearest: {names}"

@@ -17,9 +17,14 @@ def main() -> None:
 
 @app.command()
 def quickstart(
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of a causal LM; default: a small embedded one.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a causal LM; default: a small embedded one.")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to adapt to; default: Python's documentation.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="How long to train.")] = 30,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0, help="Learning rate; default: 2e-4 for your own.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the adapter and the loss curve.")] = Path("quickstart-out"),
 ) -> None:
     """Adapt, save, reload, merge and use a model, end to end."""
@@ -29,7 +34,7 @@ def quickstart(
 
     console = Console()
     try:
-        outcome = run(model, text, seconds, out, console)
+        outcome = run(model, text, seconds, learning_rate, out, console)
     except (OSError, ValueError) as error:
         console.print(f"[red]error[/] {error}", highlight=False)
         raise typer.Exit(2) from None

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlora_kernels.reference import INT8_MAX
 
 
-def is_linear8bit(module: nn.Module) -> bool:
+def is_linear8bit(module: Any) -> bool:
     """Whether `module` is a bitsandbytes `Linear8bitLt` that keeps its weight in int8."""
     # A model that has one has imported bitsandbytes; fastlora need not, and its import is not free.
     library = sys.modules.get("bitsandbytes.nn")
     return library is not None and isinstance(module, library.Linear8bitLt) and not module.state.has_fp16_weights
 
 
-def take_int8(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+def take_int8(module: Any) -> tuple[Tensor, Tensor] | None:
     """Codes `[N, K]` and scale `[N]` of a `Linear8bitLt`, whose own references are dropped; None before it quantises.
 
     They start on the weight and move to the module's state on its first forward.
@@ -31,7 +32,7 @@ def take_int8(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     return (weight.data if codes is None else codes), absmax.float() / INT8_MAX
 
 
-def restore_linear8bit(module: nn.Module, q: Tensor, scale: Tensor) -> None:
+def restore_linear8bit(module: Any, q: Tensor, scale: Any) -> None:
     """Gives a module whose class is `Linear8bitLt` again its int8 weight."""
     # absmax is a float16 value, which the rounding brings back exactly.
     absmax = (scale.float() * INT8_MAX).to(torch.float16).float()

@@ -36,11 +36,13 @@ class LoraLayer(nn.Module):
         dense_dtype: the dtype of the weight before it was quantised.
     """
 
-    in_features: int
-    out_features: int
-    weight: nn.Parameter
+    in_features: Any
+    out_features: Any
+    weight: Any
     weight_scale: nn.Parameter | None
-    bias: nn.Parameter | None
+    bias: Any
+    lora_A: nn.ParameterDict
+    lora_B: nn.ParameterDict
     scaling: dict[str, float]
     lora_dropout: dict[str, float]
     active_adapter: str | None
@@ -48,6 +50,7 @@ class LoraLayer(nn.Module):
     merged_adapter: str | None
     original_class: type[nn.Module]
     dense_dtype: torch.dtype
+    _before_merge: tuple[nn.Parameter, nn.Parameter | None] | None
 
     @property
     def frozen_weight(self) -> Tensor:
@@ -65,7 +68,8 @@ class LoraLayer(nn.Module):
         return y if added_bias is None else y + added_bias.to(y.dtype)
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        weight, weight_scale = self.frozen_weight, self.weight_scale
+        weight: Tensor = self.frozen_weight
+        weight_scale: Tensor | None = self.weight_scale
         adapter = self.active_adapter
         if self.merged_adapter is not None and not self.adapters_enabled:
             weight, weight_scale = self._frozen_before_merge()
@@ -126,7 +130,7 @@ class LoraLayer(nn.Module):
 
     def unmerge(self) -> None:
         """Gives back the weight from before `merge`, bit for bit."""
-        if self.merged_adapter is None:
+        if self._before_merge is None:
             return
         device = self.weight.device
         for parameter in self._before_merge:
@@ -140,22 +144,21 @@ class LoraLayer(nn.Module):
 
         A weight that fastlora quantised is dequantised; one that came from bitsandbytes stays int8.
         """
-        original = self.original_class
-        if self.weight_scale is not None and original.__name__ == "Linear8bitLt":
+        if self.original_class.__name__ == "Linear8bitLt":
             self.merge() if merge else self.unmerge()
-            weight = (self.weight.data, self.weight_scale.data)
+            q, scale = self.weight.data, self.weight_scale
+            self._become_original()
+            restore_linear8bit(self, q, scale)
         elif merge or self.merged_adapter is not None or self.weight_scale is not None:
             weight = self.dense_weight(self.active_adapter if merge else None)
-        else:
-            weight = None
-        self._become(original)
-        if isinstance(weight, tuple):
-            restore_linear8bit(self, *weight)
-        elif weight is not None:
+            self._become_original()
             self.weight = nn.Parameter(weight, requires_grad=False)
+        else:
+            self._become_original()
 
-    def _become(self, original: type[nn.Module]) -> None:
+    def _become_original(self) -> None:
         """Drops everything that `adopt` added."""
+        original: Any = self.original_class
         del self.lora_A, self.lora_B
         del self._parameters["weight_scale"]
         for name in _LAYER_STATE:
@@ -186,7 +189,7 @@ _LAYER_STATE = (
 )  # fmt: skip
 
 
-class LoraLinear(LoraLayer, nn.Linear):
+class LoraLinear(LoraLayer, nn.Linear):  # type: ignore[misc]
     """`nn.Linear` with LoRA adapters."""
 
     @property
@@ -198,11 +201,11 @@ class LoraConv1D(LoraLayer):
     """transformers' `Conv1D`, a linear layer whose dense weight is stored as `[K, N]`, with LoRA adapters."""
 
     @property
-    def in_features(self) -> int:  # type: ignore[override]
+    def in_features(self) -> Any:
         return self.nx
 
     @property
-    def out_features(self) -> int:  # type: ignore[override]
+    def out_features(self) -> Any:
         return self.nf
 
     @property
@@ -226,7 +229,7 @@ def is_adaptable(module: nn.Module) -> bool:
     return _is_conv1d(module)
 
 
-def adopt(module: nn.Module) -> LoraLayer:
+def adopt(module: Any) -> LoraLayer:
     """Turns a linear module into a LoRA layer without adapters, in place; one that is already is returned as it is."""
     if isinstance(module, LoraLayer):
         return module
@@ -252,7 +255,7 @@ def _is_conv1d(module: nn.Module) -> bool:
     return transformers_layers is not None and isinstance(module, transformers_layers.Conv1D)
 
 
-def _rebind_hooked_forward(module: nn.Module) -> None:
+def _rebind_hooked_forward(module: Any) -> None:
     """accelerate's device hooks keep the forward they wrap on the instance: make that the class's present one."""
     if "_old_forward" in module.__dict__:
         module._old_forward = types.MethodType(type(module).forward, module)

@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
 
 import fastlora
 
@@ -20,7 +19,9 @@ from .text import Blocks, blocks_of, nats_per_byte, read_text
 from .training import draw_losses, train
 
 BASE = Path(__file__).parent / "base"
-RANK = 8
+RANK = 16
+TINY_MODEL_RATE = 1e-2
+USUAL_RATE = 2e-4
 MERGE_TOLERANCE = 0.01  # nats per byte: int8 rounding of the merged weights; dense merges agree far closer
 
 
@@ -48,24 +49,31 @@ class Outcome:
         return found
 
 
-def quickstart(model: str | None, text: Path | None, seconds: float, out: Path, console: Console) -> Outcome:
+def quickstart(
+    model: str | None, text: Path | None, seconds: float, learning_rate: float | None, out: Path, console: Console
+) -> Outcome:
     """Adapts a causal language model to a text, saves, reloads, merges and generates.
 
     Args:
         model: a folder or hub id of a causal language model; None for the embedded one.
         text: a UTF-8 file; None for Python's own documentation.
         seconds: how long to train.
+        learning_rate: the rate to start from; None for one that suits the embedded model or a usual one.
         out: folder for the adapter and the loss curve.
     """
-    # The steps below print what matters; transformers' progress bars and notices would bury it.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    # The steps below print what matters; the libraries' progress bars and notices would bury it.
+    for library in ("transformers", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     _hide_loading_bars()
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
     source = model or str(BASE)
+    learning_rate = learning_rate or (USUAL_RATE if model else TINY_MODEL_RATE)
     patched, tokenizer = _load(source)
     blocks = blocks_of(read_text(text), tokenizer)
-    console.print(f"[bold]base[/]      {model or 'embedded byte-level Llama'}, {patched.num_parameters():,d} parameters")
+    console.print(
+        f"[bold]base[/]      {model or 'embedded byte-level Llama'}, {patched.num_parameters():,d} parameters"
+    )
     console.print(f"[bold]text[/]      {text or 'Python documentation (pydoc_data.topics)'}: "
                   f"{len(blocks.train)} blocks to train on, {len(blocks.held_out)} held out")  # fmt: skip
 
@@ -74,7 +82,7 @@ def quickstart(model: str | None, text: Path | None, seconds: float, out: Path, 
     fastlora.patch(patched, r=RANK, targets="all-linear", quantize="int8")
     fastlora.print_trainable_parameters(patched)
     before = nats_per_byte(patched, blocks)
-    losses = train(patched, blocks.train, seconds, out, console)
+    losses = train(patched, blocks.train, seconds, learning_rate, out, console)
     after = nats_per_byte(patched, blocks)
     line_after = _generate(patched, tokenizer, prompt)
     draw_losses(losses, before, after, blocks.bytes_per_token, out / "loss.png")
@@ -95,15 +103,15 @@ def _deploy(source: str, adapter: Path, blocks: Blocks) -> tuple[float, float, f
     return reloaded, merged, merged_dense
 
 
-def _load(source: str) -> tuple[nn.Module, Any]:
+def _load(source: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     on_gpu = torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    return model.to("cuda" if on_gpu else "cpu"), AutoTokenizer.from_pretrained(source)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    return model.to(device="cuda" if on_gpu else "cpu"), AutoTokenizer.from_pretrained(source)
 
 
-def _generate(model: nn.Module, tokenizer: Any, prompt: str) -> str:
+def _generate(model: Any, tokenizer: Any, prompt: str) -> str:
     """What the model writes after the prompt, on one line."""
     inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
     with torch.no_grad():

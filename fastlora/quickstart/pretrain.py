@@ -69,7 +69,7 @@ def pretrain(out: Path, seconds: float) -> None:
         if step % 200 == 0:
             print(f"{progress:5.1%}  step {step}  {loss.item():.3f} nats/byte", flush=True)
         step += 1
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning with the transformers Trainer for a number of seconds."""
+"""Fine-tuning with the transformers Trainer for a number of seconds, the learning rate falling to zero at the end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 BATCH = 8
-LEARNING_RATE = 5e-3
 
 
 class TimeBudget(TrainerCallback):
@@ -25,15 +24,19 @@ class TimeBudget(TrainerCallback):
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         self.progress = Progress(*columns, console=console)
         self.task = self.progress.add_task("training", total=seconds)
+        self.start = time.monotonic()
+
+    def remaining(self, step: int = 0) -> float:
+        """The share of the time that is left."""
+        return max(0.0, 1 - (time.monotonic() - self.start) / self.seconds)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.start = time.monotonic()
         self.progress.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        elapsed = time.monotonic() - self.start
-        self.progress.update(self.task, completed=min(elapsed, self.seconds))
-        control.should_training_stop = elapsed >= self.seconds
+        self.progress.update(self.task, completed=(1 - self.remaining()) * self.seconds)
+        control.should_training_stop = self.remaining() == 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
@@ -44,15 +47,14 @@ class TimeBudget(TrainerCallback):
         self.progress.stop()
 
 
-def train(model: nn.Module, blocks: Tensor, seconds: float, out: Path, console: Console) -> list[tuple[int, float]]:
+def train(
+    model: nn.Module, blocks: Tensor, seconds: float, learning_rate: float, out: Path, console: Console
+) -> list[tuple[int, float]]:
     """Trains what is trainable on token blocks; returns (step, loss in nats per token)."""
     budget = TimeBudget(seconds, console)
     arguments = TrainingArguments(
         output_dir=str(out / "trainer"),
         per_device_train_batch_size=BATCH,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=10,
         num_train_epochs=1000,
         logging_steps=5,
         save_strategy="no",
@@ -60,18 +62,15 @@ def train(model: nn.Module, blocks: Tensor, seconds: float, out: Path, console: 
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, budget.remaining)
     examples = [{"input_ids": block, "labels": block} for block in blocks]
-    trainer = Trainer(model=model, args=arguments, train_dataset=examples, callbacks=[budget])
-    trainer.remove_callback(_printer(trainer))
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=examples, callbacks=[budget], optimizers=(optimizer, schedule)
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints raw dictionaries where the Trainer's own bar is off
     trainer.train()
     return budget.losses
-
-
-def _printer(trainer: Trainer) -> Any:
-    """The callback that prints raw log dictionaries when the Trainer's own progress bar is off."""
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
 
 
 def draw_losses(losses: list[tuple[int, float]], before: float, after: float, scale: float, file: Path) -> None:

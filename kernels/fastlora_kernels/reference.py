@@ -22,9 +22,9 @@ LANE_MASK = (1 << LANE_BITS) - 1
 def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     """Absmax int8 quantisation per row: `w ~ q * w_scale[:, None]`.
 
-    `w16 = w.half(); absmax = max |w16| per row; q = round(w16 * (127 / absmax)); w_scale = absmax / 127`,
-    rounding halves to even. These are the codes of LLM.int8 (Dettmers et al. 2022, section 2) as bitsandbytes
-    computes them. Values past the range of float16 saturate; a row of zeros gets scale 0.
+    `w16 = w.half(); absmax = max |w16| per row; q = round(w16 * ((1 / absmax) * 127)); w_scale = absmax / 127`,
+    each step rounded to float32, halves to even. These are the codes of LLM.int8 (Dettmers et al. 2022,
+    section 2) as bitsandbytes computes them. Values past the range of float16 saturate; a row of zeros gets scale 0.
 
     Args:
         w: `[N, K]`, any float dtype, finite.
@@ -34,7 +34,7 @@ def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     """
     w16 = w.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
     absmax = w16.abs().amax(dim=1).float()
-    factor = torch.where(absmax > 0, INT8_MAX / absmax, 0.0)
+    factor = torch.where(absmax > 0, absmax.reciprocal() * INT8_MAX, 0.0)
     return torch.round(w16.float() * factor[:, None]).to(torch.int8), absmax / INT8_MAX
 
 
@@ -68,8 +68,8 @@ def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     """
     seed = seed.reshape(()).long()
     low, high = _wrap(seed), _wrap(seed >> 32)
-    key_1 = _mix(low ^ _mix(high))
-    key_2 = _mix(high ^ _mix(low ^ SEED_OFFSET))
+    key_1 = _mix(_wrap(low + _mix(_wrap(high + SEED_OFFSET))))
+    key_2 = _mix(_wrap(high + _mix(_wrap(low + SEED_OFFSET))))
     rows = torch.arange(M, device=seed.device)[:, None]
     columns = torch.arange(K, device=seed.device)[None, :]
     words = _wrap(rows * ((K + 1) // 2) + columns // 2)
@@ -175,7 +175,7 @@ def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """`x * mask / (1 - p)`."""
     if p == 0 or seed is None:
         return x
-    return x * dropout_mask(seed, *x.shape, p).to(x.device) / (1 - p)
+    return x * dropout_mask(seed, x.shape[0], x.shape[1], p).to(x.device) / (1 - p)
 
 
 def merge_rows(w: Tensor, w_scale: Tensor | None, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:

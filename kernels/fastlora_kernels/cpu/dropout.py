@@ -48,10 +48,11 @@ def _mix_(words: Tensor, key: int) -> None:
 
 def _keys(seed: int) -> tuple[int, int]:
     low, high = _wrap(seed), _wrap(seed >> 32)
-    return _mix(low ^ _mix(high)), _mix(high ^ _mix(low ^ SEED_OFFSET))
+    return _mix(_wrap(low + _mix(high + SEED_OFFSET))), _mix(_wrap(high + _mix(low + SEED_OFFSET)))
 
 
 def _mix(word: int) -> int:
+    word = _wrap(word)
     word = _wrap((word ^ (word >> 16)) * HASH_MULTIPLIER_1)
     word = _wrap((word ^ (word >> 15)) * HASH_MULTIPLIER_2)
     return word ^ (word >> 16)

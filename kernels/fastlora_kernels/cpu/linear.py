@@ -37,7 +37,7 @@ def lora_linear(
     if a is None or b is None:
         return y, x.new_empty(x.shape[0], 0)
     if p > 0 and seed is not None:
-        x = dropped(x, keep_bits(seed, *x.shape, p))
+        x = dropped(x, keep_bits(seed, x.shape[0], x.shape[1], p))
     # Scalars go into the float32 adapters before they are rounded to the dtype of x, which costs no accuracy.
     s = F.linear(x, (a / (1 - p)).to(x.dtype))
     return y.addmm_(s, (scale * b).to(x.dtype).T), s

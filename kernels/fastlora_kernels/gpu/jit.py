@@ -53,8 +53,8 @@ def dropout_keys(seed_ptr):
     low = seed.to(tl.int32)
     high = (seed >> 32).to(tl.int32)
     zero = tl.zeros_like(low)
-    key_1 = _mix(low ^ _mix(high, zero), zero)
-    key_2 = _mix(high ^ _mix(low ^ _SEED_OFFSET, zero), zero)
+    key_1 = _mix(low + _mix(high + _SEED_OFFSET, zero), zero)
+    key_2 = _mix(high + _mix(low + _SEED_OFFSET, zero), zero)
     return key_1, key_2
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from .jit import convert, dot
 from .launch import Launch
 from .quantize import _INT8_MAX, quantize_tile, through_float16
+from .tiles import merge_tile
 
 
 @triton.jit
@@ -85,17 +86,17 @@ def merge_rows_launch(
     w: Tensor, w_scale: Tensor | None, a: Tensor, b: Tensor, scale: Tensor, out: Tensor, out_scale: Tensor
 ) -> Launch:
     N, K = w.shape
-    block_n, block_k, block_r = 16, 64, 16
+    tile = merge_tile()
     return Launch(
         _merge_rows_kernel,
-        (triton.cdiv(N, block_n),),
+        (triton.cdiv(N, tile.block_n),),
         dict(
             w_ptr=w, stride_wn=w.stride(0), stride_wk=w.stride(1), w_scale_ptr=w_scale,
             a_ptr=a, stride_ar=a.stride(0), stride_ak=a.stride(1),
             b_ptr=b, stride_bn=b.stride(0), stride_br=b.stride(1), scale_ptr=scale,
             out_ptr=out, stride_on=out.stride(0), stride_ok=out.stride(1), out_scale_ptr=out_scale,
             N=N, K=K, R=a.shape[0], QUANTIZED=w_scale is not None,
-            BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=4,
+            BLOCK_N=tile.block_n, BLOCK_K=tile.block_c, BLOCK_R=16, num_warps=tile.num_warps, enable_fp_fusion=False,
         ),
     )  # fmt: skip
 

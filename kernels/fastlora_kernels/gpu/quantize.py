@@ -1,4 +1,7 @@
-"""q = round(w * 127 / absmax(row)), scale = absmax / 127; the specification is `reference.quantize_rows`."""
+"""q = round(w * 127 / absmax(row)), scale = absmax / 127; the specification is `reference.quantize_rows`.
+
+Launched without fusing multiplications and additions, which would round a product and its rounding at once.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ def through_float16(value):
 @triton.jit
 def quantize_tile(value16, absmax):
     """int8 codes of a `[BLOCK_N, BLOCK_K]` tile from `through_float16`, given absmax per row."""
-    factor = tl.where(absmax > 0, tl.div_rn(_INT8_MAX, tl.where(absmax > 0, absmax, 1.0)), 0.0)
+    one = tl.full(absmax.shape, 1.0, tl.float32)
+    factor = tl.where(absmax > 0, tl.div_rn(one, tl.where(absmax > 0, absmax, one)) * _INT8_MAX, 0.0)
     return ((value16 * factor[:, None] + _ROUND) - _ROUND).to(tl.int8)
 
 
@@ -63,7 +67,7 @@ def quantize_rows_launch(w: Tensor, q: Tensor, w_scale: Tensor) -> Launch:
         (triton.cdiv(N, block_n),),
         dict(
             w_ptr=w, stride_wn=w.stride(0), stride_wk=w.stride(1), q_ptr=q, stride_qn=q.stride(0), scale_ptr=w_scale,
-            N=N, K=K, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4,
+            N=N, K=K, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4, enable_fp_fusion=False,
         ),
     )  # fmt: skip
 

@@ -32,14 +32,19 @@ def _fitted(tile: Tile, arch: int | None, itemsize: int) -> Tile:
 
 def linear_tile(arch: int | None, itemsize: int, tokens: int, block_r: int) -> Tile:
     """For the kernels that produce y or d_x: block_n output features, block_m tokens, block_c contracted."""
+    few = tokens <= 16
     if block_r >= 256:
         tile = Tile(16, 32, 32, 8, 2)
     elif block_r >= 128:
-        tile = Tile(16 if tokens <= 16 else 32, 64, 32, 8, 2)
+        tile = Tile(16, 64, 32, 4, 2) if few else Tile(32, 64, 32, 8, 2)
     elif block_r >= 64:
-        tile = Tile(16 if tokens <= 16 else 32, 64, 64, 4, 2)
+        tile = Tile(16 if few else 32, 64, 64, 4, 2)
+    elif few:
+        tile = Tile(16, 64, 64, 4, 3)
+    elif arch in LARGE_SHARED_MEMORY:
+        tile = Tile(64, 64, 64, 8 if arch == 100 else 4, 3)
     else:
-        tile = Tile(16 if tokens <= 16 else 64, 64, 64, 4, 3)
+        tile = Tile(32, 64, 64, 4, 2)
     return _fitted(tile, arch, itemsize)
 
 
@@ -51,5 +56,10 @@ def shrink_tile(arch: int | None, itemsize: int, tokens: int, block_r: int) -> T
 
 def token_reduce_tile(arch: int | None, itemsize: int, block_r: int) -> Tile:
     """For `[M, R]^T @ [M, C]`: block_m tokens per step, block_n columns of C."""
-    tile = Tile(32, 32 if block_r >= 128 else 64, 0, 8 if block_r >= 256 else 4, 2)
+    tile = Tile(32, 32 if block_r >= 128 else 64, 0, 4, 2)
     return _fitted(tile, arch, itemsize)
+
+
+def merge_tile() -> Tile:
+    """For `merge_rows`: block_n rows of W, block_c columns at a time."""
+    return Tile(0, 16, 64, 8, 1)

@@ -1,0 +1,44 @@
+# make quickstart    the main job, end to end, in about a minute after set-up
+# make test          all tests; without a GPU the kernels run in Triton's interpreter
+# make kernels       compiles every kernel for every supported GPU, without one
+# make lint          style and types
+# make setup         only the environment, in .venv
+#
+# On a machine with a GPU:  make setup TORCH='torch --index-url <your CUDA index>'
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: quickstart test kernels lint setup
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint]'
+	@touch $@
+
+quickstart: $(READY)
+	$(VENV)/bin/fastlora quickstart
+
+# One thread per worker: the workers share the cores.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests --numprocesses $(JOBS)
+
+kernels: $(READY)
+	$(RUN) bench/compile_kernels.py --json build/kernels.json
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy

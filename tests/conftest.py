@@ -1,0 +1,26 @@
+"""What all tests share. Without a GPU the kernels run in Triton's interpreter, in the same tests."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, so before anything else
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    """One seed per test, and memory from torch.empty that holds NaN, so that an element nobody wrote shows."""
+    torch.manual_seed(0)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
