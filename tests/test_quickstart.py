@@ -13,7 +13,7 @@ from fastlora.quickstart.text import blocks_of, read_text
 
 
 def test_quickstart_does_the_main_job(tmp_path):
-    result = CliRunner().invoke(app, ["quickstart", "--seconds", "3", "--out", str(tmp_path)])
+    result = CliRunner().invoke(app, ["quickstart", "--seconds", "2", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     for expected in ("trainable params: ", "nats per byte", "bits per byte", "merged, int8", "before", "after"):
         assert expected in result.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,11 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for the adapter and the loss curve.")] = Path("quickstart-out"),
 ) -> None:
     """Adapt, save, reload, merge and use a model, end to end."""
+    # The command prints what matters; the notices of the libraries that it imports would bury it.
+    for library in ("transformers", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     from rich.console import Console
+    from rich.markup import escape
 
     from ..quickstart.demo import quickstart as run
 
@@ -36,7 +41,7 @@ def quickstart(
     try:
         outcome = run(model, text, seconds, learning_rate, out, console)
     except (OSError, ValueError) as error:
-        console.print(f"[red]error[/] {error}", highlight=False)
+        console.print("[red]error[/]", escape(str(error)), highlight=False)
         raise typer.Exit(2) from None
     for problem in outcome.problems():
         console.print(f"[red]failed[/] {problem}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +56,10 @@ def quickstart(
     Args:
         model: a folder or hub id of a causal language model; None for the embedded one.
         text: a UTF-8 file; None for Python's own documentation.
-        seconds: how long to train.
+        seconds: how long to train; a slow machine takes up to three times as long.
         learning_rate: the rate to start from; None for one that suits the embedded model or a usual one.
         out: folder for the adapter and the loss curve.
     """
-    # The steps below print what matters; the libraries' progress bars and notices would bury it.
-    for library in ("transformers", "bitsandbytes"):
-        logging.getLogger(library).setLevel(logging.ERROR)
     _hide_loading_bars()
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
@@ -71,12 +67,7 @@ def quickstart(
     learning_rate = learning_rate or (USUAL_RATE if model else TINY_MODEL_RATE)
     patched, tokenizer = _load(source)
     blocks = blocks_of(read_text(text), tokenizer)
-    console.print(
-        f"[bold]base[/]      {model or 'embedded byte-level Llama'}, {patched.num_parameters():,d} parameters"
-    )
-    console.print(f"[bold]text[/]      {text or 'Python documentation (pydoc_data.topics)'}: "
-                  f"{len(blocks.train)} blocks to train on, {len(blocks.held_out)} held out")  # fmt: skip
-
+    _introduce(model, text, patched, blocks, console)
     prompt = tokenizer.decode(blocks.held_out[0][:48], skip_special_tokens=True)
     line_before = _generate(patched, tokenizer, prompt)
     fastlora.patch(patched, r=RANK, targets="all-linear", quantize="int8")
@@ -91,6 +82,14 @@ def quickstart(
     outcome = Outcome(before, after, *_deploy(source, out / "adapter", blocks))
     _report(outcome, prompt, line_before, line_after, out, console)
     return outcome
+
+
+def _introduce(model: str | None, text: Path | None, patched: Any, blocks: Blocks, console: Console) -> None:
+    name = escape(model or "embedded byte-level Llama")
+    source = escape(str(text or "Python's documentation (pydoc_data.topics)"))
+    console.print(f"[bold]base[/]      {name}, {patched.num_parameters():,d} parameters", soft_wrap=True)
+    counts = f"{len(blocks.train)} blocks to train on, {len(blocks.held_out)} held out"
+    console.print(f"[bold]text[/]      {source}: {counts}", soft_wrap=True)
 
 
 def _deploy(source: str, adapter: Path, blocks: Blocks) -> tuple[float, float, float]:

@@ -1,4 +1,7 @@
-"""Fine-tuning with the transformers Trainer for a number of seconds, the learning rate falling to zero at the end."""
+"""Fine-tuning with the transformers Trainer for a number of seconds, the learning rate falling to zero at the end.
+
+A machine too slow for `LEAST_STEPS` in that time goes on until it has done them, for up to `PATIENCE` times as long.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 BATCH = 8
+LEAST_STEPS = 200
+PATIENCE = 3
 
 
 class TimeBudget(TrainerCallback):
@@ -26,17 +31,19 @@ class TimeBudget(TrainerCallback):
         self.task = self.progress.add_task("training", total=seconds)
         self.start = time.monotonic()
 
-    def remaining(self, step: int = 0) -> float:
-        """The share of the time that is left."""
-        return max(0.0, 1 - (time.monotonic() - self.start) / self.seconds)
+    def remaining(self, step: int) -> float:
+        """The share of the training that is left after a number of steps."""
+        elapsed = (time.monotonic() - self.start) / self.seconds
+        return max(0.0, 1 - max(min(elapsed, step / LEAST_STEPS), elapsed / PATIENCE))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.start = time.monotonic()
         self.progress.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.update(self.task, completed=(1 - self.remaining()) * self.seconds)
-        control.should_training_stop = self.remaining() == 0
+        remaining = self.remaining(state.global_step)
+        self.progress.update(self.task, completed=(1 - remaining) * self.seconds)
+        control.should_training_stop = remaining == 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
@@ -81,7 +88,7 @@ def draw_losses(losses: list[tuple[int, float]], before: float, after: float, sc
     axes = figure.add_subplot()
     steps = [step for step, _ in losses]
     axes.plot(steps, [loss / scale for _, loss in losses], label="training", color="tab:blue")
-    axes.plot([0, steps[-1]], [before, after], "o--", label="held out", color="tab:orange")
+    axes.plot([0, steps[-1]], [before, after], "o", label="held out, before and after", color="tab:orange")
     axes.set(xlabel="step", ylabel="nats per byte", title="LoRA fine-tuning")
     axes.grid(alpha=0.3)
     axes.legend()
