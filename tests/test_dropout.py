@@ -53,6 +53,19 @@ def test_no_correlation_between_neighbours(lag):
     assert abs(correlation(mask[lag:], mask[:-lag], 0.5)) < 5
 
 
+@pytest.mark.parametrize("p", [0.05, 0.5])
+@pytest.mark.parametrize("seed", [0, 1, 20261])
+def test_no_correlation_at_any_distance(seed, p):
+    """The autocorrelation of a long mask: the largest of half a million normal deviates is about 5."""
+    n = 1 << 20
+    centred = kept(seed, 1024, n // 1024, p).flatten().double()
+    centred -= 1 - reference.drop_threshold(p) / 2**reference.LANE_BITS
+    spectrum = torch.fft.rfft(centred, n=2 * n)
+    products = torch.fft.irfft(spectrum.abs().square(), n=2 * n)[1 : n // 2]
+    deviates = products / (n - torch.arange(1, n // 2)).sqrt() / (p * (1 - p))
+    assert deviates.abs().max() < 6.5
+
+
 @pytest.mark.parametrize("other", [1, 2, -1, 2**16, 2**32, 2**48])
 def test_no_correlation_between_seeds(other):
     p = 0.1

@@ -58,18 +58,19 @@ class LoraLayer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        parameters = self._parameters  # nn.Module's attribute lookup costs as much as a small kernel
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        elif self.weight_scale is None and x.dtype != self.weight.dtype:
+        elif x.dtype != parameters["weight"].dtype and parameters["weight_scale"] is None:
             raise TypeError(f"input: expected {self.weight.dtype}, the dtype of the weight, found {x.dtype}")
-        bias = self.bias
-        fused_bias, added_bias = (None, bias) if bias is not None and bias.requires_grad else (bias, None)
-        y = self._linear(x, fused_bias)
-        return y if added_bias is None else y + added_bias.to(y.dtype)
+        bias = parameters["bias"]
+        if bias is None or not bias.requires_grad:
+            return self._linear(x, bias)
+        return self._linear(x, None) + bias.to(x.dtype)
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         weight: Tensor = self.frozen_weight
-        weight_scale: Tensor | None = self.weight_scale
+        weight_scale: Tensor | None = self._parameters["weight_scale"]
         adapter = self.active_adapter
         if self.merged_adapter is not None and not self.adapters_enabled:
             weight, weight_scale = self._frozen_before_merge()
@@ -79,7 +80,7 @@ class LoraLayer(nn.Module):
             return ops.lora_linear(x, weight, weight_scale, bias)
         p = self.lora_dropout[adapter] if self.training else 0.0
         seed = torch.randint(2**63 - 1, (1,), device=x.device) if p > 0 else None
-        a, b = self.lora_A[adapter], self.lora_B[adapter]
+        a, b = (self._modules[name]._parameters[adapter] for name in ("lora_A", "lora_B"))
         return ops.lora_linear(x, weight, weight_scale, bias, a, b, self.scaling[adapter], p, seed)
 
     def add_adapter(self, name: str, a: Tensor, b: Tensor, scaling: float, dropout: float) -> None:
@@ -194,7 +195,7 @@ class LoraLinear(LoraLayer, nn.Linear):  # type: ignore[misc]
 
     @property
     def frozen_weight(self) -> Tensor:
-        return self.weight
+        return self._parameters["weight"]
 
 
 class LoraConv1D(LoraLayer):

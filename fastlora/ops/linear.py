@@ -6,10 +6,12 @@ dropped x nor a dense weight is kept, and the frozen weight never gets a gradien
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .dispatch import implementation
 
@@ -71,13 +73,51 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _differentiate(ctx: Any, d_y: Tensor, _d_s: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, s, w, w_scale, a, b, seed = ctx.saved_tensors
-    gradients = _backward(d_y, x, s, w, w_scale, a, b, ctx.scale, ctx.p, seed, *ctx.needs)
-    d_x, d_a, d_b = (d if needed else None for d, needed in zip(gradients, ctx.needs, strict=True))
-    return d_x, None, None, None, d_a, d_b, None, None, None
+    return _gradients(_backward, ctx, ctx.saved_tensors, d_y)
+
+
+def _gradients(backward: Callable, ctx: Any, saved: tuple, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    """One gradient per argument of `_forward`."""
+    x, s, w, w_scale, a, b, seed = saved
+    needs_x, needs_a, needs_b = ctx.needs
+    d_x, d_a, d_b = backward(d_y, x, s, w, w_scale, a, b, ctx.scale, ctx.p, seed, needs_x, needs_a, needs_b)
+    return (
+        d_x if needs_x else None, None, None, None, d_a if needs_a else None, d_b if needs_b else None,
+        None, None, None,
+    )  # fmt: skip
 
 
 torch.library.register_autograd("fastlora::lora_linear", _differentiate, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The same operator without the dispatcher, whose passage costs more than a small layer computes."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, a = inputs[0], inputs[4]
+        output = implementation(x, 0 if a is None else a.shape[0]).lora_linear(*inputs)
+        _save(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # read once: under checkpointing, reading recomputes
+        a = saved[4]
+        room = implementation(d_y, 0 if a is None else a.shape[0])
+        return _gradients(room.lora_linear_backward, ctx, saved, d_y)
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd looks on: no compiler or tracer, no subclass of Tensor, no fake or meta tensor."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+    ):
+        return False
+    return all(tensor is None or type(tensor) in (Tensor, Parameter) and not tensor.is_meta for tensor in tensors)
 
 
 def lora_linear(
@@ -102,8 +142,15 @@ def lora_linear(
         TypeError: an int8 w without w_scale, or w_scale with a dense w.
     """
     _check(x, w, w_scale, a, b, p, seed)
-    y, _ = _forward(x.reshape(-1, x.shape[-1]), w, w_scale, bias, a, b, scale, p, seed)
-    return y.view(*x.shape[:-1], w.shape[0])
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    inputs = (flat, w, w_scale, bias, a, b, scale, p, seed)
+    if not _is_plain(x, w, a):
+        y, _ = _forward(*inputs)
+    elif torch.is_grad_enabled() and (x.requires_grad or (a is not None and (a.requires_grad or b.requires_grad))):
+        y = _Eager.apply(*inputs)
+    else:
+        y, _ = implementation(x, 0 if a is None else a.shape[0]).lora_linear(*inputs)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
 
 
 def _check(

@@ -11,9 +11,10 @@ from torch import Tensor
 INT8_MAX = 127
 FLOAT16_MAX = 65504.0
 
-# Constants of the dropout hash: the two multipliers of the `lowbias32` integer hash, and the golden ratio.
+# Odd multipliers of the dropout hash, the first two those of the `lowbias32` integer hash, and the golden ratio.
 HASH_MULTIPLIER_1 = 0x7FEB352D
 HASH_MULTIPLIER_2 = 0x846CA68B - (1 << 32)
+HASH_MULTIPLIER_3 = 0x297A2D39
 SEED_OFFSET = 0x9E3779B9 - (1 << 32)
 LANE_BITS = 15
 LANE_MASK = (1 << LANE_BITS) - 1
@@ -30,12 +31,12 @@ def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
         w: `[N, K]`, any float dtype, finite.
 
     Returns:
-        q int8 `[N, K]` and w_scale float32 `[N]`.
+        q int8 `[N, K]`, contiguous, and w_scale float32 `[N]`.
     """
     w16 = w.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
     absmax = w16.abs().amax(dim=1).float()
     factor = torch.where(absmax > 0, absmax.reciprocal() * INT8_MAX, 0.0)
-    return torch.round(w16.float() * factor[:, None]).to(torch.int8), absmax / INT8_MAX
+    return torch.round(w16.float() * factor[:, None]).to(torch.int8).contiguous(), absmax / INT8_MAX
 
 
 def dequantize_rows(w: Tensor, w_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -54,9 +55,9 @@ def drop_threshold(p: float) -> int:
 def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     """The dropout mask as a function of (seed, row, column): the same bits on every device.
 
-    Word `m * ceil(K / 2) + k // 2` (modulo 2**32) is hashed under two keys made from the seed; the low
-    15 bits of its lower half decide even columns, those of its upper half odd columns. All arithmetic is on
-    int32 that wraps, with arithmetic right shifts.
+    Word `m * ceil(K / 2) + k // 2` is hashed under two keys made from the seed; the low 15 bits of its lower
+    half decide even columns, those of its upper half odd columns. All arithmetic is on int32 that wraps, with
+    arithmetic right shifts. With one round less, masks correlate with themselves at some distances.
 
     Args:
         seed: one int64.
@@ -68,21 +69,22 @@ def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     """
     seed = seed.reshape(()).long()
     low, high = _wrap(seed), _wrap(seed >> 32)
-    key_1 = _mix(_wrap(low + _mix(_wrap(high + SEED_OFFSET))))
-    key_2 = _mix(_wrap(high + _mix(_wrap(low + SEED_OFFSET))))
+    key_1 = _mix(low + _mix(high + SEED_OFFSET))
+    key_2 = _mix(high + _mix(low + SEED_OFFSET))
     rows = torch.arange(M, device=seed.device)[:, None]
     columns = torch.arange(K, device=seed.device)[None, :]
-    words = _wrap(rows * ((K + 1) // 2) + columns // 2)
-    lanes = (_mix(words ^ key_1, key_2) >> (columns % 2 * 16)) & LANE_MASK
+    words = rows * ((K + 1) // 2) + columns // 2
+    lanes = (_mix(words, key_1, key_2) >> (columns % 2 * 16)) & LANE_MASK
     return lanes >= drop_threshold(p)
 
 
-def _mix(words: Tensor, key: Tensor | int = 0) -> Tensor:
-    """Two multiply-xorshift rounds with a key between them, on int32 values held in int64."""
-    words = words ^ (words >> 16)
-    words = _wrap(words * HASH_MULTIPLIER_1) ^ key
+def _mix(words: Tensor, key_1: Tensor | int = 0, key_2: Tensor | int = 0) -> Tensor:
+    """Three multiply-xorshift rounds with a key added in the first two, on int32 values held in int64."""
+    words = _wrap(words * HASH_MULTIPLIER_1 + key_1)
     words = words ^ (words >> 15)
-    words = _wrap(words * HASH_MULTIPLIER_2)
+    words = _wrap(words * HASH_MULTIPLIER_2 + key_2)
+    words = words ^ (words >> 13)
+    words = _wrap(words * HASH_MULTIPLIER_3)
     return words ^ (words >> 16)
 
 
@@ -189,9 +191,10 @@ def merge_rows(w: Tensor, w_scale: Tensor | None, a: Tensor, b: Tensor, scale: f
         a, b, scale: the adapter, as in `lora_linear`.
 
     Returns:
-        The merged weight in the dtype of w, and its scale float32 `[N]` (empty for a dense weight).
+        The merged weight in the dtype and layout of w, and its scale float32 `[N]` (empty for a dense weight).
     """
     merged = dequantize_rows(w, w_scale, torch.float64) + scale * (b.double() @ a.double())
-    if w_scale is None:
-        return merged.to(w.dtype), w.new_empty(0, dtype=torch.float32)
-    return quantize_rows(merged.float())
+    merged_scale = w.new_empty(0, dtype=torch.float32)
+    if w_scale is not None:
+        merged, merged_scale = quantize_rows(merged.float())
+    return torch.empty_like(w).copy_(merged), merged_scale

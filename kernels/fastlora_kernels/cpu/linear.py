@@ -38,9 +38,9 @@ def lora_linear(
         return y, x.new_empty(x.shape[0], 0)
     if p > 0 and seed is not None:
         x = dropped(x, keep_bits(seed, x.shape[0], x.shape[1], p))
-    # Scalars go into the float32 adapters before they are rounded to the dtype of x, which costs no accuracy.
-    s = F.linear(x, (a / (1 - p)).to(x.dtype))
-    return y.addmm_(s, (scale * b).to(x.dtype).T), s
+        a = a / (1 - p)  # before a is rounded to the dtype of x, which costs no accuracy
+    s = F.linear(x, a.to(x.dtype))
+    return y.addmm_(s, b.to(x.dtype).T, alpha=scale), s
 
 
 def lora_linear_backward(

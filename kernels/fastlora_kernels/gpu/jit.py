@@ -10,11 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..reference import HASH_MULTIPLIER_1, HASH_MULTIPLIER_2, LANE_MASK, SEED_OFFSET
+from ..reference import HASH_MULTIPLIER_1, HASH_MULTIPLIER_2, HASH_MULTIPLIER_3, LANE_MASK, SEED_OFFSET
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _MULTIPLIER_1 = tl.constexpr(HASH_MULTIPLIER_1)
 _MULTIPLIER_2 = tl.constexpr(HASH_MULTIPLIER_2)
+_MULTIPLIER_3 = tl.constexpr(HASH_MULTIPLIER_3)
 _SEED_OFFSET = tl.constexpr(SEED_OFFSET)
 _LANE_MASK = tl.constexpr(LANE_MASK)
 
@@ -38,11 +39,12 @@ def dot(left, right, acc):
 
 
 @triton.jit
-def _mix(words, key):
-    words = words ^ (words >> 16)
-    words = (words * _MULTIPLIER_1) ^ key
+def _mix(words, key_1, key_2):
+    words = words * _MULTIPLIER_1 + key_1
     words = words ^ (words >> 15)
-    words = words * _MULTIPLIER_2
+    words = words * _MULTIPLIER_2 + key_2
+    words = words ^ (words >> 13)
+    words = words * _MULTIPLIER_3
     return words ^ (words >> 16)
 
 
@@ -53,14 +55,14 @@ def dropout_keys(seed_ptr):
     low = seed.to(tl.int32)
     high = (seed >> 32).to(tl.int32)
     zero = tl.zeros_like(low)
-    key_1 = _mix(low + _mix(high + _SEED_OFFSET, zero), zero)
-    key_2 = _mix(high + _mix(low + _SEED_OFFSET, zero), zero)
+    key_1 = _mix(low + _mix(high + _SEED_OFFSET, zero, zero), zero, zero)
+    key_2 = _mix(high + _mix(low + _SEED_OFFSET, zero, zero), zero, zero)
     return key_1, key_2
 
 
 @triton.jit
 def keep_mask(key_1, key_2, offs_m, offs_k, words_per_row, threshold):
     """True where the elements (offs_m, offs_k), broadcast against each other, survive dropout."""
-    words = (offs_m * words_per_row + (offs_k >> 1)) ^ key_1
-    lanes = (_mix(words, key_2) >> ((offs_k & 1) * 16)) & _LANE_MASK
+    words = offs_m * words_per_row + (offs_k >> 1)
+    lanes = (_mix(words, key_1, key_2) >> ((offs_k & 1) * 16)) & _LANE_MASK
     return lanes >= threshold
