@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .adapters import adapters, patched_layers
 from .config import CONFIG_FILE, LoraConfig
-from .layers import LoraLayer, is_adaptable
+from .layers import LoraConv1D, LoraLayer, is_adaptable
 from .patch import attach, check_new_adapter, features
 from .quantize import check_quantizable
 from .targets import pattern_value
@@ -40,8 +40,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     layers = patched_layers(model)
     for adapter, config in adapters(model).items():
         folder = Path(path) if adapter == "default" else Path(path, adapter)
-        base = getattr(getattr(model, "config", None), "_name_or_path", None)
-        _write_folder(folder, adapter_tensors(layers, adapter), replace(config, base_model_name_or_path=base))
+        _write_folder(folder, adapter_tensors(layers, adapter), _as_peft_records(config, model, layers, adapter))
 
 
 def load(
@@ -74,6 +73,18 @@ def load(
     _warn_of_another_base(model, config, folder)
     attach(model, modules, weights, replace(config, inference_mode=not trainable), adapter, quantize, trainable)
     return model
+
+
+def _as_peft_records(config: LoraConfig, model: nn.Module, layers: Mapping[str, LoraLayer], adapter: str) -> LoraConfig:
+    """The config with what PEFT's file says of the base model."""
+    base = config.base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None)
+    origin = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    return replace(
+        config,
+        base_model_name_or_path=base or None,  # a model made from a config has the name ""
+        auto_mapping=origin if config.task_type is None else None,
+        fan_in_fan_out=any(isinstance(layer, LoraConv1D) and adapter in layer.lora_A for layer in layers.values()),
+    )
 
 
 def adapter_tensors(layers: Mapping[str, LoraLayer], adapter: str) -> dict[str, Tensor]:

@@ -83,6 +83,7 @@ class LoraConfig:
                 setattr(self, name, sorted(value))
             elif value is not None and not isinstance(value, (str, list)):
                 raise TypeError(f"{name}: expected a list of names, a regular expression or None, found {value!r}")
+        self._check_layers()
         _check_rank("r", self.r)
         for pattern, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
@@ -99,6 +100,13 @@ class LoraConfig:
             value = getattr(self, known.name)
             if known.name not in SUPPORTED and value and value != known.default:
                 raise ValueError(f"{known.name}: not supported by fastlora, found {value!r}")
+
+    def _check_layers(self) -> None:
+        targets = self.target_modules
+        if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
+            raise ValueError("layers_pattern: expected together with layers_to_transform, found alone")
+        if self.layers_to_transform is not None and isinstance(targets, str) and targets.lower() != "all-linear":
+            raise ValueError(f"layers_to_transform: expected with a list of targets, found with the regex {targets!r}")
 
     def scaling(self, rank: int, alpha: float) -> float:
         """The factor of `B A` (LoRA, section 4.1; rsLoRA, Kalajdzievski 2023, eq. 4)."""

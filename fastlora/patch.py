@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .adapters import REGISTRY, adapters, lora_layers, patched_layers, set_adapter
 from .config import LoraConfig
 from .layers import LoraLayer, adopt, is_linear8bit
-from .quantize import check_quantizable, take_over_bitsandbytes
+from .quantize import check_quantizable, give_back_to_bitsandbytes, take_over_bitsandbytes
 from .targets import find_targets, output_head, pattern_value
 
 _TRAINED_BEFORE = "fastlora_trained_before"
@@ -105,6 +105,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
         if parameter.is_floating_point():
             parameter.requires_grad_(name in trained)
     del model.__dict__[REGISTRY]
+    give_back_to_bitsandbytes(model)
     return model
 
 
@@ -154,13 +155,15 @@ def _initial_adapter(module: Any, name: str, config: LoraConfig) -> tuple[Tensor
     device = "meta" if module.weight.is_meta else "cpu"
     a = nn.Linear(K, rank, bias=False, device=device).weight.data
     b = nn.Linear(rank, N, bias=False, device=device).weight.data
-    if config.init_lora_weights is False:
-        return a, b
     if config.init_lora_weights == "gaussian":
         nn.init.normal_(a, std=1 / rank)
-    else:
+    elif config.init_lora_weights:
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-    return a, nn.init.zeros_(b)
+    if config.init_lora_weights is not False:
+        nn.init.zeros_(b)
+    # PEFT moves a new adapter to the dtype of a dense weight, then back to float32.
+    dtype = module.weight.dtype if module.weight.is_floating_point() else a.dtype
+    return a.to(dtype).float(), b.to(dtype).float()
 
 
 def features(module: Any) -> tuple[int, int]:

@@ -11,6 +11,9 @@ from .layers import LoraLayer, adopt, is_linear8bit
 
 QUANTIZATIONS = (None, "int8")
 
+_TRANSFORMERS_MARKS = ("is_quantized", "is_loaded_in_8bit", "hf_quantizer", "quantization_method")
+_MARKS_BEFORE = "fastlora_quantized_before"
+
 
 def check_quantizable(model: nn.Module, targets: dict[str, Any], quantize: str | None) -> None:
     """Raises ValueError for an unknown scheme, or where a target's weight is not finite or not its own."""
@@ -50,9 +53,18 @@ def take_over_bitsandbytes(model: nn.Module) -> None:
             layer.quantize()
     if not modules:
         return
-    for name in ("is_quantized", "is_loaded_in_8bit", "hf_quantizer", "quantization_method"):
-        if name in model.__dict__:
-            delattr(model, name)
+    marks = {name: model.__dict__.pop(name) for name in _TRANSFORMERS_MARKS if name in model.__dict__}
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "quantization_config"):
+        marks["quantization_config"] = config.quantization_config
         del config.quantization_config
+    model.__dict__[_MARKS_BEFORE] = marks
+
+
+def give_back_to_bitsandbytes(model: nn.Module) -> None:
+    """Undoes what `take_over_bitsandbytes` did to the model itself."""
+    marks = model.__dict__.pop(_MARKS_BEFORE, {})
+    config: Any = getattr(model, "config", None)
+    if "quantization_config" in marks:
+        config.quantization_config = marks.pop("quantization_config")
+    model.__dict__.update(marks)

@@ -48,7 +48,7 @@ def matches(config: LoraConfig, name: str) -> bool:
         return False
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
-    return _has_suffix(name, targets) and _in_chosen_layer(config, name)
+    return name in targets or (_has_suffix(name, targets) and _in_chosen_layer(config, name))
 
 
 def output_head(model: nn.Module) -> str | None:
@@ -108,6 +108,11 @@ def _in_chosen_layer(config: LoraConfig, name: str) -> bool:
 
 def _nothing_found(config: LoraConfig, modules: dict[str, nn.Module]) -> str:
     existing = sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if is_adaptable(module)})
+    if not isinstance(config.target_modules, str) and any(_has_suffix(n, config.target_modules or []) for n in modules):
+        return (
+            f"targets: expected some of {config.target_modules!r} to be left, found that exclude_modules "
+            f"{config.exclude_modules!r} or layers_to_transform {config.layers_to_transform!r} leaves out all"
+        )
     wanted = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
     near = [
         hit for target in wanted for hit in difflib.get_close_matches(target.rsplit(".", 1)[-1], existing, cutoff=0.5)

@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+torch.set_num_threads(1)  # tensors are tiny here, and threads that wait for each other on a busy machine are not free
+
 
 @pytest.fixture
 def device() -> str:

@@ -15,6 +15,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = {
     "one-of-each": (1, 1, 1, 1),
     "one-token": (1, 64, 96, 8),
+    "few-tokens": (3, 96, 40, 8),
     "ragged": (37, 100, 63, 5),
     "several-tiles": (130, 192, 160, 16),
     "wide-rank": (33, 65, 70, 80),

@@ -61,15 +61,6 @@ REFUSED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """On models this small a second thread costs more than it gains, and on a busy machine a hundred times more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def wrap(model, **settings):
     """`model` as a PeftModel."""
     return peft.get_peft_model(model, peft.LoraConfig(**settings))

@@ -48,6 +48,10 @@ PATCHES = {
     "no such target": (dict(targets=["q_prj"]), "found none for .*nearest: q_proj"),
     "no match at all": (dict(targets=["xyzzy"]), "nearest: down_proj, gate_proj, k_proj"),
     "regex without match": (dict(targets=r".*\.query"), "found none"),
+    "all excluded": (
+        dict(config=fastlora.LoraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"])),
+        r"found that exclude_modules \['q_proj'\] or layers_to_transform None leaves out all",
+    ),
     "rank 0": (dict(r=0), "r: expected a whole number of at least 1, found 0"),
     "negative rank": (dict(r=-3), "found -3"),
     "rank not whole": (dict(r=2.5), "found 2.5"),

@@ -29,15 +29,6 @@ WEIGHTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """On models this small a second thread costs more than it gains, and on a busy machine a hundred times more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A dense checkpoint for transformers to quantise while it loads."""

@@ -35,15 +35,6 @@ needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "cc"))), r
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """On models this small a second thread costs more than it gains, and on a busy machine a hundred times more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
 def _forget_compiled():
     torch.compiler.reset()
     yield

@@ -253,6 +253,18 @@ def test_a_frozen_first_layer_computes_no_input_gradient(monkeypatch):
     assert asked == [(True, True, True), (False, True, True)]
 
 
+def test_inference_mode_first():
+    """What a first call in inference mode leaves behind serves training too."""
+    for tokens in (2, 20):
+        layer = patched(quantize="int8").bfloat16().model.layers[0].self_attn.q_proj
+        x = torch.randn(tokens, 48, dtype=torch.bfloat16)
+        with torch.inference_mode():
+            first = layer(x)
+        y = layer(x.requires_grad_())
+        y.sum().backward()
+        assert torch.equal(y, first)
+
+
 def test_generation():
     model = patched(quantize="int8")
     ids = make_batch()["input_ids"]

@@ -58,7 +58,7 @@ class LoraLayer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        parameters = self._parameters  # nn.Module's attribute lookup costs as much as a small kernel
+        parameters: dict[str, Any] = self._parameters  # nn.Module's attribute lookup costs as much as a small kernel
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif x.dtype != parameters["weight"].dtype and parameters["weight_scale"] is None:
@@ -80,7 +80,8 @@ class LoraLayer(nn.Module):
             return ops.lora_linear(x, weight, weight_scale, bias)
         p = self.lora_dropout[adapter] if self.training else 0.0
         seed = torch.randint(2**63 - 1, (1,), device=x.device) if p > 0 else None
-        a, b = (self._modules[name]._parameters[adapter] for name in ("lora_A", "lora_B"))
+        modules: dict[str, Any] = self._modules
+        a, b = modules["lora_A"]._parameters[adapter], modules["lora_B"]._parameters[adapter]
         return ops.lora_linear(x, weight, weight_scale, bias, a, b, self.scaling[adapter], p, seed)
 
     def add_adapter(self, name: str, a: Tensor, b: Tensor, scaling: float, dropout: float) -> None:
@@ -194,7 +195,7 @@ class LoraLinear(LoraLayer, nn.Linear):  # type: ignore[misc]
     """`nn.Linear` with LoRA adapters."""
 
     @property
-    def frozen_weight(self) -> Tensor:
+    def frozen_weight(self) -> Any:
         return self._parameters["weight"]
 
 

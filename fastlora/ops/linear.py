@@ -117,7 +117,7 @@ def _is_plain(*tensors: Tensor | None) -> bool:
         or torch._C._is_torch_function_mode_enabled()
     ):
         return False
-    return all(tensor is None or type(tensor) in (Tensor, Parameter) and not tensor.is_meta for tensor in tensors)
+    return all(tensor is None or (type(tensor) in (Tensor, Parameter) and not tensor.is_meta) for tensor in tensors)
 
 
 def lora_linear(
@@ -146,7 +146,7 @@ def lora_linear(
     inputs = (flat, w, w_scale, bias, a, b, scale, p, seed)
     if not _is_plain(x, w, a):
         y, _ = _forward(*inputs)
-    elif torch.is_grad_enabled() and (x.requires_grad or (a is not None and (a.requires_grad or b.requires_grad))):
+    elif torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, a, b)):
         y = _Eager.apply(*inputs)
     else:
         y, _ = implementation(x, 0 if a is None else a.shape[0]).lora_linear(*inputs)
