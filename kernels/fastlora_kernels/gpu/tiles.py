@@ -44,7 +44,7 @@ def linear_tile(arch: int | None, itemsize: int, tokens: int, block_r: int) -> T
     elif arch in LARGE_SHARED_MEMORY:
         tile = Tile(64, 64, 64, 8 if arch == 100 else 4, 3)
     else:
-        tile = Tile(32, 64, 64, 4, 2)
+        tile = Tile(64, 64, 32, 4, 2) if arch == 120 else Tile(32, 64, 64, 4, 2)
     return _fitted(tile, arch, itemsize)
 
 
