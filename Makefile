@@ -1,6 +1,7 @@
 # make quickstart    the main job, end to end, in about a minute after set-up
 # make test          all tests; without a GPU the kernels run in Triton's interpreter
 # make kernels       compiles every kernel for every supported GPU, without one
+# make bench-cpu     fastlora beside PEFT and bitsandbytes on this CPU: a table, JSON and a plot in bench/results
 # make lint          style and types
 # make setup         only the environment, in .venv
 #
@@ -13,7 +14,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test kernels lint setup
+.PHONY: quickstart test kernels bench-cpu lint setup
 .DEFAULT_GOAL := help
 
 help:
@@ -37,6 +38,10 @@ test: $(READY)
 
 kernels: $(READY)
 	$(RUN) bench/compile_kernels.py --json build/kernels.json
+
+bench-cpu: $(READY)
+	$(RUN) -m pytest bench -q -m cpu --benchmark-quiet
+	$(RUN) bench/report.py
 
 lint: $(READY)
 	$(RUN) -m ruff check .

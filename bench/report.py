@@ -1,0 +1,125 @@
+"""Prints the rows of a benchmark beside their targets, and draws them: `python bench/report.py [--quick] [FILE]`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from harness import read_rows, results_file
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from targets import target_of, verdict
+
+Row = dict[str, Any]
+COLORS = {"fastlora": "tab:blue", "PEFT": "tab:orange"}
+STYLES = {"aim": "bold green", "reach": "green", "no": "red"}
+# Panels of the plot, down the left column and then the right: the question, the contender whose figure is 1, the title.
+PANELS = [
+    ("training", "frozen base", "Training step / frozen base's step"),
+    ("decode", "bf16 without LoRA", "Decode, one token / bf16 without LoRA"),
+    ("peak of a step", "frozen base", "Peak memory of a step / frozen base's"),
+    ("overhead", None, "Overhead of a layer's call, us"),
+    ("bytes for backward", "floor", "Bytes held for backward / floor"),
+    ("peak of quantising", "bf16 model + one layer", "Peak of quantising / bf16 model + one layer"),
+]
+
+
+def figures(row: Row) -> Iterator[tuple[str | None, float]]:
+    """What of a row can be held to a target: its ratios, or its own figure where it has none."""
+    if row["ratios"]:
+        yield from row["ratios"].items()
+    else:
+        yield None, row["median"]
+
+
+def make_table(question: str, rows: list[Row]) -> Table:
+    """`others` is how many cores other processes kept busy meanwhile."""
+    table = Table(title=question, title_justify="left", title_style="bold")
+    for column in ("case", "contender", "over"):
+        table.add_column(column, no_wrap=True)
+    for column in ("median", "p20 to p80", "rounds", "others", "ratio", "reach", "aim", "met"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [row["case"], row["contender"]]
+        spread = "" if row["p20"] is None else f"{row['p20']:.4g} to {row['p80']:.4g}"
+        others = "" if row["others"] is None else f"{row['others']:.2f}"
+        measured = [f"{row['median']:.4g} {row['unit']}", spread, str(row["rounds"]), others]
+        for over, value in figures(row):
+            ratio = "" if over is None else f"{value:.3f}"
+            table.add_row(*cells, over or "", *measured, ratio, *bounds(row, over, value))
+            cells, measured = ["", ""], [""] * 4
+    return table
+
+
+def bounds(row: Row, over: str | None, value: float) -> list[str]:
+    """The cells reach, aim and met of a figure."""
+    target = target_of(row, over)
+    if target is None:
+        return ["", "", ""]
+    met = verdict(value, target)
+    aim = "" if target.aim is None else f"<= {target.aim:g}"
+    return [f"<= {target.reach:g}", aim, f"[{STYLES[met]}]{met}[/]"]
+
+
+def origin(rows: list[Row]) -> str:
+    """Where the rows come from; a file may hold rows of several commits and days."""
+    machine = rows[-1]["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in rows[-1]["versions"].items())
+    commits, dates = sorted({row["commit"] for row in rows}), sorted(row["date"] for row in rows)
+    loads = [row["machine"]["load"] for row in rows]
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['capability']}, bf16 by {machine['bf16']}, "
+        f"load average {min(loads)} to {max(loads)}\n{versions}\n"
+        f"commit {', '.join(commits)}; {dates[0]} to {dates[-1]}"
+    )
+
+
+def draw(rows: list[Row], file: Path) -> None:
+    figure = Figure(figsize=(16, 17), layout="constrained")
+    axes = figure.subplots(3, 2, height_ratios=[4, 1, 1])
+    for axis, (question, over, title) in zip(axes.T.flat, PANELS, strict=True):
+        draw_panel(axis, [row for row in rows if row["question"] == question], over)
+        axis.set_title(title, loc="left")
+    figure.suptitle(f"{origin(rows)}\nblack: what must be reached", fontsize=9, ha="left", x=0.01)
+    figure.savefig(file, dpi=110)
+
+
+def draw_panel(axis: Axes, rows: list[Row], over: str | None) -> None:
+    """A bar per row from the top down, with a mark at what must be reached."""
+    rows = [row for row in rows if over is None or over in row["ratios"]]
+    axis.set_visible(bool(rows))
+    for place, row in enumerate(rows):
+        value = row["median"] if over is None else row["ratios"][over]
+        color = next((c for name, c in COLORS.items() if row["contender"].startswith(name)), "tab:gray")
+        axis.barh(place, value, color=color)
+        axis.text(0, place, f" {value:.2f}", va="center", fontsize=7)
+        target = target_of(row, over)
+        if target is not None:
+            axis.plot([target.reach] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2)
+    axis.set_yticks(range(len(rows)), [f"{row['case']}: {row['contender']}" for row in rows], fontsize=7)
+    axis.invert_yaxis()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", nargs="?", type=Path)
+    parser.add_argument("--quick", action="store_true", help="the rows of a quick run")
+    arguments = parser.parse_args()
+    file = arguments.file or results_file(arguments.quick)
+    rows = read_rows(file)
+    if not rows:
+        raise SystemExit(f"no rows in {file}: run `python -m pytest bench -m cpu` first")
+    console = Console(width=160)
+    for question in dict.fromkeys(row["question"] for row in rows):
+        console.print(make_table(question, [row for row in rows if row["question"] == question]))
+    console.print(origin(rows))
+    draw(rows, file.with_suffix(".png"))
+    console.print(f"rows in {file}, plot in {file.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""What each measured figure is held to. Lower is better in all of them.
+
+`reach` is what must be reached and `aim` what is worth going for, both as upper bounds.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """Bounds for `contender / over`, or for the contender's own figure where `over` is None."""
+
+    question: str
+    contender: str
+    over: str | None
+    reach: float
+    aim: float | None
+    case: str = ""  # a regular expression that is found in the case
+
+
+TARGETS = [
+    Target("training", "fastlora (bf16|fp32)", "frozen base", 1.3, 1.15),
+    Target("training", "fastlora int8.*", "frozen base", 1.5, 1.3),
+    Target("training", "fastlora bf16", "PEFT bf16", 1 / 2, None),
+    Target("training", "fastlora fp32", "PEFT fp32", 1 / 2, None),
+    Target("training", "fastlora int8", "PEFT + bitsandbytes int8", 1 / 2.5, None),
+    Target("bytes for backward", "fastlora .*", "floor", 1.05, 1.02),
+    Target("decode", "fastlora int8", "bf16 without LoRA", 1 / 2, 1 / 4),
+    Target("generate", "fastlora int8", "bf16 without LoRA", 1.0, None),
+    Target("overhead", "fastlora", None, 15.0, 10.0, case="^forward( without grad)?,"),
+    Target("peak of quantising", "quantise|load and quantise", "bf16 model + one layer", 1.0, None),
+]
+
+
+def target_of(row: dict[str, Any], over: str | None) -> Target | None:
+    """The target of a row's ratio over another contender, or of its own figure, if there is one."""
+    for target in TARGETS:
+        fits = target.question == row["question"] and target.over == over
+        if fits and re.fullmatch(target.contender, row["contender"]) and re.search(target.case, row["case"]):
+            return target
+    return None
+
+
+def verdict(value: float, target: Target) -> str:
+    if target.aim is not None and value <= target.aim:
+        return "aim"
+    return "reach" if value <= target.reach else "no"
