@@ -1,5 +1,6 @@
 """What all tests share. Without a GPU the kernels run in Triton's interpreter, in the same tests."""
 
+import importlib
 import os
 
 import torch
@@ -16,6 +17,18 @@ torch.set_num_threads(1)  # tensors are tiny here, and threads that wait for eac
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["gpu", "cpu"])
+def room(request):
+    """A room of implementations: `gpu` runs on a GPU or in Triton's interpreter, `cpu` on CPU tensors alone."""
+    return importlib.import_module(f"fastlora_kernels.{request.param}")
+
+
+@pytest.fixture
+def where(room, device) -> str:
+    """The device that a room's inputs are on."""
+    return "cpu" if room.__name__.endswith(".cpu") else device
 
 
 @pytest.fixture(autouse=True)

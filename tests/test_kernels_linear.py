@@ -5,21 +5,9 @@ import torch
 from accuracy import compare
 from inputs import DTYPES, SHAPES, backward_inputs, linear_inputs
 
-from fastlora_kernels import cpu, gpu, reference
+from fastlora_kernels import gpu, reference
 
-# The CPU room computes on CPU tensors alone; the GPU room runs on a GPU or in Triton's interpreter.
-ROOMS = {"gpu": gpu, "cpu": cpu}
 PASSES = {"forward": ("lora_linear", linear_inputs), "backward": ("lora_linear_backward", backward_inputs)}
-
-
-@pytest.fixture(params=ROOMS)
-def room(request):
-    return ROOMS[request.param]
-
-
-@pytest.fixture
-def where(room, device):
-    return "cpu" if room is cpu else device
 
 
 def check(room, which, where, shape, dtype, **options):

@@ -4,20 +4,9 @@ import pytest
 import torch
 from inputs import DTYPES, make_weight
 
-from fastlora_kernels import cpu, gpu, reference
+from fastlora_kernels import reference
 
-ROOMS = {"gpu": gpu, "cpu": cpu}
 SHAPES = [(1, 1), (37, 101), (5, 1300), (130, 64)]
-
-
-@pytest.fixture(params=ROOMS)
-def room(request):
-    return ROOMS[request.param]
-
-
-@pytest.fixture
-def where(room, device):
-    return "cpu" if room is cpu else device
 
 
 def assert_same(actual, expected):
