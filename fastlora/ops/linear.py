@@ -7,6 +7,7 @@ dropped x nor a dense weight is kept, and the frozen weight never gets a gradien
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .dispatch import implementation
+
+
+def _room_for(x: Tensor, a: Tensor | None) -> ModuleType:
+    """The room that computes for `x` at the rank of `a`."""
+    return implementation(x, 0 if a is None else a.shape[0])
 
 
 @torch.library.custom_op("fastlora::lora_linear", mutates_args=())
@@ -28,7 +34,7 @@ def _forward(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return implementation(x, 0 if a is None else a.shape[0]).lora_linear(x, w, w_scale, bias, a, b, scale, p, seed)
+    return _room_for(x, a).lora_linear(x, w, w_scale, bias, a, b, scale, p, seed)
 
 
 @_forward.register_fake
@@ -52,7 +58,7 @@ def _backward(
     needs_a: bool,
     needs_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation(d_y, 0 if a is None else a.shape[0]).lora_linear_backward(
+    return _room_for(d_y, a).lora_linear_backward(
         d_y, x, s, w, w_scale, a, b, scale, p, seed, needs_x, needs_a, needs_b
     )
 
@@ -96,7 +102,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, a = inputs[0], inputs[4]
-        output = implementation(x, 0 if a is None else a.shape[0]).lora_linear(*inputs)
+        output = _room_for(x, a).lora_linear(*inputs)
         _save(ctx, inputs, output)
         return output[0]
 
@@ -105,7 +111,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: under checkpointing, reading recomputes
         a = saved[4]
-        room = implementation(d_y, 0 if a is None else a.shape[0])
+        room = _room_for(d_y, a)
         return _gradients(room.lora_linear_backward, ctx, saved, d_y)
 
 
@@ -149,7 +155,7 @@ def lora_linear(
     elif torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, a, b)):
         y = _Eager.apply(*inputs)
     else:
-        y, _ = implementation(x, 0 if a is None else a.shape[0]).lora_linear(*inputs)
+        y, _ = _room_for(x, a).lora_linear(*inputs)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
 
 
