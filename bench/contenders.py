@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 import fastlora
+from fastlora_kernels.cpu import product_dtype
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCABULARY = 1024
@@ -30,6 +31,7 @@ SHAPE = {
     "max_position_embeddings": 4096,
 }
 BF16 = torch.bfloat16
+NATIVE = product_dtype(BF16)  # the dtype that people train in on this CPU
 
 
 @functools.cache

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import transformers
-from contenders import BF16, TARGETS, make_ids, training_step, with_fastlora, with_peft
+from contenders import BF16, NATIVE, TARGETS, make_ids, training_step, with_fastlora, with_peft
 from torch import nn
 
 import fastlora
@@ -21,9 +22,9 @@ import fastlora
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 ADAPT: dict[str, Callable[[nn.Module], nn.Module]] = {
     "frozen base": lambda model: model.requires_grad_(False),
-    "fastlora bf16": lambda model: with_fastlora(model=model),
+    "fastlora": lambda model: with_fastlora(model=model),
     "fastlora int8": lambda model: with_fastlora(model=model, quantize="int8"),
-    "PEFT bf16": lambda model: with_peft(model=model),
+    "PEFT": lambda model: with_peft(model=model),
     "PEFT + bitsandbytes int8": lambda model: with_peft(model=model, int8=True),
 }
 QUANTIZE = "quantise"
@@ -32,9 +33,9 @@ LOAD_AND_QUANTIZE = "load and quantise"
 
 def rise_of_step(adapt: Callable[[nn.Module], nn.Module], folder: Path) -> int:
     """Memory of a model with its adapters and of the two training steps that it then does, at their peak."""
-    training_step(adapt(load(folder / "tiny")), make_ids(2, 8))()
+    training_step(adapt(load(folder / "tiny", NATIVE)), make_ids(2, 8))()
     before = settle()
-    step = training_step(adapt(in_memory(load(folder / "model"))), make_ids(2, 256))
+    step = training_step(adapt(in_memory(load(folder / "model", NATIVE))), make_ids(2, 256))
     settle()
     step(), step()
     return peak_bytes() - before
@@ -60,8 +61,8 @@ def quantized(model: nn.Module) -> nn.Module:
     return fastlora.patch(model, r=16, targets=TARGETS, quantize="int8")
 
 
-def load(folder: Path) -> nn.Module:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=BF16)
+def load(folder: Path, dtype: torch.dtype = BF16) -> nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 def in_memory(model: nn.Module) -> nn.Module:

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
-from contenders import SHAPE, TARGETS, base, make_ids, training_loss, with_fastlora, with_peft
+from contenders import BF16, NATIVE, SHAPE, TARGETS, base, make_ids, training_loss, with_fastlora, with_peft
 from harness import rows_from_values
 from memory import bytes_for_backward
 from peak import ADAPT, LOAD_AND_QUANTIZE, QUANTIZE
@@ -55,14 +56,15 @@ def rises(what: list[str], folder: Path) -> dict[str, float]:
     return found
 
 
-def model_and_layer() -> tuple[float, float]:
-    model = base()
+def model_and_layer(dtype: torch.dtype) -> tuple[float, float]:
+    """MiB of the model's weights, and of those of one decoder layer."""
+    model = base(dtype)
     layer = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
     return sum(parameter.nbytes for parameter in model.parameters()) / MIB, layer / MIB
 
 
 def test_peak_of_quantising(record, checkpoints):
-    model, layer = model_and_layer()
+    model, layer = model_and_layer(BF16)
     values = rises([QUANTIZE, LOAD_AND_QUANTIZE], checkpoints)
     values |= {"bf16 model": model, "bf16 model + one layer": model + layer}
     over = ["bf16 model", "bf16 model + one layer"]
@@ -71,7 +73,7 @@ def test_peak_of_quantising(record, checkpoints):
 
 @pytest.mark.full
 def test_peak_of_step(record, checkpoints):
-    model, _ = model_and_layer()
-    values = rises(list(ADAPT), checkpoints) | {"bf16 model": model}
-    over = ["frozen base", "bf16 model", "PEFT bf16"]
-    record(rows_from_values("peak of a step", "512 tokens, r=16", values, over, "MiB"))
+    model, _ = model_and_layer(NATIVE)
+    values = rises(list(ADAPT), checkpoints) | {"weights": model}
+    case = f"512 tokens, r=16, {str(NATIVE).removeprefix('torch.')}"
+    record(rows_from_values("peak of a step", case, values, ["frozen base", "weights", "PEFT"], "MiB"))

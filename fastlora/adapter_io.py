@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from .adapters import adapters, patched_layers
 from .config import CONFIG_FILE, LoraConfig
 from .layers import LoraConv1D, LoraLayer, is_adaptable
+from .log import logger
 from .patch import attach, check_new_adapter, features
 from .quantize import check_quantizable
 from .targets import pattern_value
@@ -24,8 +24,6 @@ from .targets import pattern_value
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
-
-logger = logging.getLogger("fastlora")
 
 
 def save(model: nn.Module, path: str | PathLike[str]) -> None:

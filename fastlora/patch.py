@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import Counter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from . import ops
 from .adapters import REGISTRY, adapters, lora_layers, patched_layers, set_adapter
 from .config import LoraConfig
 from .layers import LoraLayer, adopt, is_linear8bit
+from .log import logger
 from .quantize import check_quantizable, give_back_to_bitsandbytes, take_over_bitsandbytes
 from .targets import find_targets, output_head, pattern_value
 
@@ -83,6 +88,27 @@ def attach(
         layer.lora_B[adapter].requires_grad_(trainable)
     model.__dict__.setdefault(REGISTRY, {})[adapter] = config
     set_adapter(model, adapter)
+    _log_paths(model, adapter, modules)
+
+
+def _log_paths(model: nn.Module, adapter: str, modules: dict[str, Any]) -> None:
+    """Says which implementation computes the new adapter's layers."""
+    kinds = Counter(
+        (layer.weight.device, layer.dense_dtype, layer.weight_scale is not None) for layer in modules.values()
+    )
+    for (device, dtype, int8), count in kinds.items():
+        weights = f"{str(dtype).removeprefix('torch.')}{' stored as int8' if int8 else ''}"
+        logger.info("adapter %r on %d layers, weights in %s; %s", adapter, count, weights, ops.describe(device, dtype))
+        if ops.is_slow(device, dtype):
+            _warn_of_slow_dtype(dtype)
+
+
+@functools.cache
+def _warn_of_slow_dtype(dtype: torch.dtype) -> None:
+    logger.warning(
+        "this CPU has no kernels for %s: fastlora's layers compute in float32 instead, but the rest of the model is "
+        "slow in it; load the model with dtype=torch.float32", dtype,
+    )  # fmt: skip
 
 
 def unload(model: nn.Module, merge: bool = False) -> nn.Module:

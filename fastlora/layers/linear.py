@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..pages import release_pages
 from .bitsandbytes import is_linear8bit, restore_linear8bit, take_int8
 
 # Subclasses of nn.Linear whose forward differs from it in nothing but the way it is written.
@@ -93,8 +94,9 @@ class LoraLayer(nn.Module):
 
     def quantize(self) -> None:
         """Replaces the dense weight by int8 codes and a scale per output feature."""
-        q, scale = ops.quantize_rows(self.frozen_weight)
-        self.set_int8(q, scale)
+        dense = self.weight.data
+        self.set_int8(*ops.quantize_rows(self.frozen_weight))
+        release_pages(dense)
 
     def set_int8(self, q: Tensor, scale: Tensor) -> None:
         self.weight = nn.Parameter(q, requires_grad=False)

@@ -1,7 +1,16 @@
 """Torch operators over `fastlora_kernels`: schema, shape inference, autograd and the choice of implementation."""
 
-from .dispatch import implementation, using
+from .dispatch import describe, implementation, is_slow, using
 from .linear import lora_linear
 from .weights import dropout_mask, merge_rows, quantize_rows
 
-__all__ = ["dropout_mask", "implementation", "lora_linear", "merge_rows", "quantize_rows", "using"]
+__all__ = [
+    "describe",
+    "dropout_mask",
+    "implementation",
+    "is_slow",
+    "lora_linear",
+    "merge_rows",
+    "quantize_rows",
+    "using",
+]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -12,28 +11,45 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..log import logger
+
 ROOMS = ("reference", "cpu", "gpu")
 GPU_MAX_RANK = 256
 KERNEL_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
-logger = logging.getLogger("fastlora")
 _forced: str | None = None
 
 
 def implementation(tensor: Tensor, rank: int = 0) -> ModuleType:
     """The room of `fastlora_kernels` that computes for `tensor` at a rank."""
+    return _choose(tensor.device.type, tensor.dtype, rank)
+
+
+def _choose(device: str, dtype: torch.dtype, rank: int) -> ModuleType:
     if _forced is not None:
         return _room(_forced)
-    device = tensor.device.type
     if device not in ("cpu", "cuda"):
         return _fallback(f"there are no kernels for device {device!r}")
-    if tensor.dtype.is_floating_point and tensor.dtype not in KERNEL_DTYPES:
-        return _fallback(f"there are no kernels for {tensor.dtype}")
+    if dtype.is_floating_point and dtype not in KERNEL_DTYPES:
+        return _fallback(f"there are no kernels for {dtype}")
     if device == "cpu":
         return _room("cpu")
     if rank > GPU_MAX_RANK:
         return _fallback(f"the GPU kernels hold ranks up to {GPU_MAX_RANK}")
     return _gpu_room()
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """Which implementation computes for inputs of a dtype on a device, in words."""
+    room = _choose(device.type, dtype, rank=0).__name__.rsplit(".")[-1]
+    if room == "cpu":
+        return f"native CPU: {_room('cpu').describe(dtype)}"
+    return "eager PyTorch" if room == "reference" else f"Triton kernels on {torch.cuda.get_device_name(device)}"
+
+
+def is_slow(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch multiplies matrices of a dtype in scalar loops on a device."""
+    return device.type == "cpu" and _room("cpu").product_dtype(dtype) != dtype
 
 
 @contextmanager

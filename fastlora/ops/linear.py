@@ -6,8 +6,8 @@ dropped x nor a dense weight is kept, and the frozen weight never gets a gradien
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,9 +17,17 @@ from torch.nn import Parameter
 from .dispatch import implementation
 
 
-def _room_for(x: Tensor, a: Tensor | None) -> ModuleType:
-    """The room that computes for `x` at the rank of `a`."""
-    return implementation(x, 0 if a is None else a.shape[0])
+def _run(name: str, a: Tensor | None, *inputs: Any) -> Any:
+    """Calls a function of the room that computes for the first input at the rank of `a`.
+
+    Autocast is off meanwhile: a room chooses the dtype of each product itself.
+    """
+    function = getattr(implementation(inputs[0], 0 if a is None else a.shape[0]), name)
+    device = inputs[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return function(*inputs)
+    with torch.autocast(device, enabled=False):
+        return function(*inputs)
 
 
 @torch.library.custom_op("fastlora::lora_linear", mutates_args=())
@@ -34,7 +42,7 @@ def _forward(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return _room_for(x, a).lora_linear(x, w, w_scale, bias, a, b, scale, p, seed)
+    return _run("lora_linear", a, x, w, w_scale, bias, a, b, scale, p, seed)
 
 
 @_forward.register_fake
@@ -58,9 +66,8 @@ def _backward(
     needs_a: bool,
     needs_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _room_for(d_y, a).lora_linear_backward(
-        d_y, x, s, w, w_scale, a, b, scale, p, seed, needs_x, needs_a, needs_b
-    )
+    inputs = d_y, x, s, w, w_scale, a, b, scale, p, seed, needs_x, needs_a, needs_b
+    return _run("lora_linear_backward", a, *inputs)
 
 
 @_backward.register_fake
@@ -101,8 +108,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, a = inputs[0], inputs[4]
-        output = _room_for(x, a).lora_linear(*inputs)
+        output = _run("lora_linear", inputs[4], *inputs)
         _save(ctx, inputs, output)
         return output[0]
 
@@ -110,9 +116,7 @@ class _Eager(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: under checkpointing, reading recomputes
-        a = saved[4]
-        room = _room_for(d_y, a)
-        return _gradients(room.lora_linear_backward, ctx, saved, d_y)
+        return _gradients(functools.partial(_run, "lora_linear_backward", saved[4]), ctx, saved, d_y)
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
@@ -155,7 +159,7 @@ def lora_linear(
     elif torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, a, b)):
         y = _Eager.apply(*inputs)
     else:
-        y, _ = _room_for(x, a).lora_linear(*inputs)
+        y, _ = _run("lora_linear", a, *inputs)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
 
 

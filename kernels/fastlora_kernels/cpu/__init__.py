@@ -5,6 +5,8 @@ Names, signatures and contracts are those of the reference.
 
 from .dropout import dropout_mask
 from .linear import lora_linear, lora_linear_backward
+from .plan import describe as describe
+from .plan import product_dtype as product_dtype
 from .weights import merge_rows, quantize_rows
 
 __all__ = ["dropout_mask", "lora_linear", "lora_linear_backward", "merge_rows", "quantize_rows"]

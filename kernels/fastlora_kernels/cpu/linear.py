@@ -1,8 +1,10 @@
-"""`lora_linear` and its backward on oneDNN GEMMs.
+"""`lora_linear` and its backward on the GEMMs of oneDNN and MKL.
 
-An int8 weight is cast, not dequantised, into a scratch buffer that lives on: the integers are exact in every
-float dtype, and the scale goes to whichever side of the product is not the weight. For a few tokens it is read as
-it is, by torch's int8 matrix-vector kernel, at half the bytes of a 16-bit weight.
+Products run in the dtype that `plan.product_dtype` names. A weight in another dtype is cast into a scratch buffer that
+lives on; int8 is cast, not dequantised, since the integers are exact in every float dtype, and the scale goes to
+whichever side of the product is not the weight. For a few tokens an int8 or bfloat16 weight is read as it is, by
+torch's matrix-vector kernels, and the low-rank part is computed in float32: a cast of A and B would cost more than
+they do.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import drop_, dropped, keep_bits
+from .plan import FEW_TOKENS, product_dtype
 
-FEW_TOKENS = 16  # up to here reading int8 beats casting it, measured on AVX512 at 1024 to 2752 features
 INT8_KERNEL_STEP = 32  # the int8 kernel reads past rows that are no multiple of its vector
 
 _scratch = threading.local()
@@ -33,19 +35,38 @@ def lora_linear(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if w_scale is None:
-        y = F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    else:
-        y = _times_int8(x, w).mul_(w_scale)
-        if bias is not None:
-            y += bias
+    dtype = x.dtype
+    wide = x.to(product_dtype(dtype))
+    y = _frozen(x, wide, w, w_scale, bias)
     if a is None or b is None:
-        return y, x.new_empty(x.shape[0], 0)
+        return y.to(dtype), x.new_empty(x.shape[0], 0)
+    if x.shape[0] <= FEW_TOKENS:
+        wide, y = wide.float(), y.float()
     if p > 0 and seed is not None:
-        x = dropped(x, keep_bits(seed, x.shape[0], x.shape[1], p))
+        wide = dropped(wide, keep_bits(seed, x.shape[0], x.shape[1], p))
         a = a / (1 - p)  # before a is rounded to the dtype of x, which costs no accuracy
-    s = F.linear(x, a.to(x.dtype))
-    return y.addmm_(s, b.to(x.dtype).T, alpha=scale), s
+    s = F.linear(wide, a.to(wide.dtype))
+    y = y.addmm_(s, b.to(wide.dtype).T, alpha=scale)
+    return y.to(dtype), s.to(dtype)
+
+
+def _frozen(x: Tensor, wide: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`x W^T + bias` in any dtype; `wide` is x in the dtype of products."""
+    if w_scale is None:
+        if x.shape[0] == 1 and x.dtype == w.dtype == torch.bfloat16:
+            wide = x
+        return F.linear(wide, _cast(w, wide.dtype), None if bias is None else bias.to(wide.dtype))
+    codes_read_as_they_are = (
+        x.shape[0] <= FEW_TOKENS
+        and x.dtype == torch.bfloat16
+        and w.shape[1] % INT8_KERNEL_STEP == 0
+        and w.is_contiguous()
+    )
+    if codes_read_as_they_are:
+        y = torch._weight_int8pack_mm(x.contiguous(), w, _ones(w.shape[0], x.dtype)) * w_scale
+    else:
+        y = F.linear(wide, _cast(w, wide.dtype)).mul_(w_scale)
+    return y if bias is None else y.add_(bias)
 
 
 def lora_linear_backward(
@@ -63,33 +84,28 @@ def lora_linear_backward(
     needs_a: bool,
     needs_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = d_y.dtype
+    narrow, wide = d_y.dtype, product_dtype(d_y.dtype)
     d_x, d_a, d_b = d_y.new_empty(0), d_y.new_empty(0), d_y.new_empty(0)
+    d_y = d_y.to(wide)
     if needs_x:
-        d_x = d_y @ w.to(dtype) if w_scale is None else (d_y * w_scale).to(dtype) @ _cast(w, dtype)
+        scaled = d_y if w_scale is None else (d_y * w_scale).to(wide)
+        d_x = scaled @ _cast(w, wide)
     if a is None or b is None:
-        return d_x, d_a, d_b
-    if needs_b:
-        d_b = (d_y.T @ s).to(b.dtype).mul_(scale)
+        return d_x.to(narrow), d_a, d_b
+    if needs_b and s is not None:
+        d_b = (d_y.T @ s.to(wide)).to(b.dtype).mul_(scale)
     if needs_x or needs_a:
-        d_s = d_y @ (scale / (1 - p) * b).to(dtype)
+        d_s = d_y @ (scale / (1 - p) * b).to(wide)
         keep = keep_bits(seed, d_y.shape[0], w.shape[1], p) if p > 0 and seed is not None else None
-        if needs_a:
+        if needs_a and x is not None:
+            x = x.to(wide)
             d_a = (d_s.T @ (x if keep is None else dropped(x, keep))).to(a.dtype)
         if needs_x:
             if keep is None:
-                d_x.addmm_(d_s, a.to(dtype))
+                d_x.addmm_(d_s, a.to(wide))
             else:
-                d_x += drop_(d_s @ a.to(dtype), keep)
-    return d_x, d_a, d_b
-
-
-def _times_int8(x: Tensor, w: Tensor) -> Tensor:
-    """`x @ w.T` for int8 codes, not yet scaled."""
-    M, K = x.shape
-    if M <= FEW_TOKENS and x.element_size() == 2 and K % INT8_KERNEL_STEP == 0 and w.is_contiguous():
-        return torch._weight_int8pack_mm(x.contiguous(), w, _ones(w.shape[0], x.dtype))
-    return F.linear(x, _cast(w, x.dtype))
+                d_x += drop_(d_s @ a.to(wide), keep)
+    return d_x.to(narrow), d_a, d_b
 
 
 @functools.lru_cache(maxsize=64)
@@ -100,7 +116,9 @@ def _ones(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def _cast(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """An int8 weight in `dtype`, in this thread's scratch buffer: valid until the next call."""
+    """A weight in `dtype`: itself, or a copy in this thread's scratch buffer that is valid until the next call."""
+    if w.dtype == dtype:
+        return w
     buffer = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.dtype != dtype or buffer.numel() < w.numel():
         with torch.inference_mode(False):  # one made in inference mode could not be written outside it
