@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from .adapters import adapters, patched_layers
 from .config import CONFIG_FILE, LoraConfig
-from .layers import LoraConv1D, LoraLayer, is_adaptable
+from .layers import LoraConv1D, LoraLayer, kind_of
+from .layers.base import Parts
 from .log import logger
-from .patch import attach, check_new_adapter, features
+from .patch import attach, check_new_adapter, rank_of
 from .quantize import check_quantizable
-from .targets import pattern_value
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -81,7 +81,7 @@ def _as_peft_records(config: LoraConfig, model: nn.Module, layers: Mapping[str, 
         config,
         base_model_name_or_path=base or None,  # a model made from a config has the name ""
         auto_mapping=origin if config.task_type is None else None,
-        fan_in_fan_out=any(isinstance(layer, LoraConv1D) and adapter in layer.lora_A for layer in layers.values()),
+        fan_in_fan_out=any(isinstance(layer, LoraConv1D) and layer.has(adapter) for layer in layers.values()),
     )
 
 
@@ -89,9 +89,8 @@ def adapter_tensors(layers: Mapping[str, LoraLayer], adapter: str) -> dict[str, 
     """The tensors of one adapter under PEFT's names."""
     tensors = {}
     for name, layer in layers.items():
-        if adapter in layer.lora_A:
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter].detach().contiguous()
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter].detach().contiguous()
+        for part, parameter in layer.parts(adapter).items():
+            tensors[f"{PREFIX}{name}.{part}"] = parameter.detach().contiguous()
     return tensors
 
 
@@ -120,35 +119,39 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _fit(
     model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], folder: Path
-) -> tuple[dict[str, nn.Module], dict[str, tuple[Tensor, Tensor]]]:
-    """The modules that the tensors belong to, and their A and B, after every check."""
+) -> tuple[dict[str, nn.Module], dict[str, Parts]]:
+    """The modules that the tensors belong to, and their tensors by part, after every check."""
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.removeprefix(PREFIX).rpartition(".lora_")
-        if not key.startswith(PREFIX) or part not in ("A.weight", "B.weight"):
-            raise ValueError(f"{folder}: expected keys of LoRA weights on linear layers, found {key!r}")
-        parts.setdefault(name, {})[part[0]] = tensor
+        if not key.startswith(PREFIX) or not part:
+            raise ValueError(f"{folder}: expected keys of LoRA weights, found {key!r}")
+        parts.setdefault(name, {})[f"lora_{part}"] = tensor
     if not parts:
         raise ValueError(f"{folder}: expected LoRA weights, found an empty file")
     existing = dict(model.named_modules())
     base = config.base_model_name_or_path
-    for name, pair in parts.items():
+    for name, found in parts.items():
         if name not in existing:
             raise ValueError(f"{folder}: expected an adapter for this model, found weights for {name!r} of {base!r}")
-        _check_pair(name, existing[name], pair, pattern_value(config.rank_pattern, name, config.r), folder)
-    return {n: existing[n] for n in parts}, {n: (pair["A"], pair["B"]) for n, pair in parts.items()}
+        _check_parts(name, existing[name], found, config, folder)
+    return {name: existing[name] for name in parts}, parts
 
 
-def _check_pair(name: str, module: nn.Module, pair: dict[str, Tensor], rank: int, folder: Path) -> None:
-    if not is_adaptable(module):
+def _check_parts(name: str, module: nn.Module, parts: Parts, config: LoraConfig, folder: Path) -> None:
+    kind = kind_of(module)
+    if kind is None:
         raise ValueError(f"{folder}: expected a linear layer at {name!r}, found {type(module).__name__}")
-    N, K = features(module)
-    for part, expected in (("A", [rank, K]), ("B", [N, rank])):
-        found = list(pair[part].shape) if part in pair else "none"
+    shapes = kind.shapes(module, rank_of(config, name))
+    optional = {"lora_B.bias": config.lora_bias, "lora_magnitude_vector": config.use_dora}
+    wanted = {part for part in shapes if optional.get(part, True)}
+    for part in sorted(wanted | parts.keys()):
+        expected = shapes[part] if part in wanted else "none"
+        found = list(parts[part].shape) if part in parts else "none"
         if found != expected:
-            raise ValueError(f"{folder}: expected lora_{part} of shape {expected} for {name!r}, found {found}")
-        if not torch.isfinite(pair[part]).all():
-            raise ValueError(f"{folder}: expected finite weights, found inf or nan in lora_{part} of {name!r}")
+            raise ValueError(f"{folder}: expected {part} of shape {expected} for {name!r}, found {found}")
+        if not torch.isfinite(parts[part]).all():
+            raise ValueError(f"{folder}: expected finite weights, found inf or nan in {part} of {name!r}")
 
 
 def _warn_of_another_base(model: nn.Module, config: LoraConfig, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -35,33 +35,47 @@ def patched_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return layers
 
 
-def set_adapter(model: nn.Module, name: str) -> None:
-    """Makes one adapter the active one; it trains as it did, the others keep their weights.
+def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Makes adapters the active ones, whose low-rank parts add up; all train as they did and keep their weights.
 
     Raises:
-        ValueError: there is no adapter of that name, or one is merged.
+        ValueError: there is no adapter of that name, one is named twice, or one is merged.
     """
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names:
+        check_known(model, name)
+    if len(set(names)) < len(names):
+        raise ValueError(f"adapter: expected each name once, found {list(names)}")
+    check_unmerged(model)
+    for layer in lora_layers(model).values():
+        layer.active_adapters = tuple(name for name in names if layer.has(name))
+
+
+def check_known(model: nn.Module, name: str) -> None:
+    """Raises ValueError where the model has no adapter of this name."""
     if name not in adapters(model):
         raise ValueError(f"adapter: expected one of {sorted(adapters(model))}, found {name!r}")
-    layers = lora_layers(model).values()
-    if any(layer.merged_adapter is not None for layer in layers):
-        raise ValueError("adapter: expected an unmerged model; call fastlora.unmerge(model) first")
-    for layer in layers:
-        layer.active_adapter = name if name in layer.lora_A else None
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Raises ValueError where an adapter is merged into the model."""
+    if any(layer.merged_adapters for layer in lora_layers(model).values()):
+        raise ValueError(
+            "model: expected an unmerged model, found a merged adapter; call fastlora.unmerge(model) first"
+        )
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """The frozen model without its adapters, merged or not, inside a `with` block."""
-    layers = patched_layers(model).values()
-    before = [layer.adapters_enabled for layer in layers]
-    for layer in layers:
-        layer.adapters_enabled = False
+    switched = [layer for layer in patched_layers(model).values() if layer.adapters_enabled]
+    for layer in switched:
+        layer.disable()
     try:
         yield
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.adapters_enabled = enabled
+        for layer in switched:
+            layer.enable()
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:

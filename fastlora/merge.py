@@ -20,7 +20,7 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not patched, or a merged weight would not be finite; nothing is merged then.
     """
-    todo = {name: layer for name, layer in patched_layers(model).items() if layer.merged_adapter is None}
+    todo = {name: layer for name, layer in patched_layers(model).items() if not layer.merged_adapters}
     finished = False
     try:
         for name, layer in todo.items():

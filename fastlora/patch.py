@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import ops
-from .adapters import REGISTRY, adapters, lora_layers, patched_layers, set_adapter
+from .adapters import REGISTRY, adapters, check_unmerged, patched_layers, set_adapter
 from .config import LoraConfig
-from .layers import LoraLayer, adopt, is_linear8bit
+from .layers import LinearLayer, adopt, kind_of
+from .layers.base import Parts
 from .log import logger
 from .quantize import check_quantizable, give_back_to_bitsandbytes, take_over_bitsandbytes
 from .targets import find_targets, output_head, pattern_value
@@ -60,7 +60,7 @@ def patch(
     config = _config(r, targets, alpha, dropout, config)
     config, modules = find_targets(model, config)
     _check(model, modules, quantize, adapter, allow_output_head)
-    initial = {name: _initial_adapter(module, name, config) for name, module in modules.items()}
+    initial = {name: _initial_parts(module, name, config) for name, module in modules.items()}
     attach(model, modules, initial, config, adapter, quantize)
     return model
 
@@ -68,24 +68,23 @@ def patch(
 def attach(
     model: nn.Module,
     modules: dict[str, Any],
-    weights: dict[str, tuple[Tensor, Tensor]],
+    weights: dict[str, Parts],
     config: LoraConfig,
     adapter: str,
     quantize: str | None = None,
     trainable: bool = True,
 ) -> None:
-    """Adds an adapter with given weights A `[R, K]` and B `[N, R]` to checked modules, and makes it active."""
+    """Adds an adapter with given tensors to checked modules, and makes it active."""
     _freeze(model)
     take_over_bitsandbytes(model)
     for name, module in modules.items():
         layer = adopt(module)
-        if quantize == "int8" and layer.weight_scale is None:
+        if quantize == "int8" and isinstance(layer, LinearLayer) and layer.weight_scale is None:
             layer.quantize()
-        a, b = weights[name]
-        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
-        layer.add_adapter(adapter, a, b, config.scaling(a.shape[0], alpha), config.lora_dropout)
-        layer.lora_A[adapter].requires_grad_(trainable)
-        layer.lora_B[adapter].requires_grad_(trainable)
+        scaling = scaling_of(config, name)
+        layer.add_adapter(adapter, weights[name], scaling, config.lora_dropout, trainable)
+        if config.use_dora and not layer.has_magnitude(adapter):
+            layer.add_magnitude(adapter, trainable)
     model.__dict__.setdefault(REGISTRY, {})[adapter] = config
     set_adapter(model, adapter)
     _log_paths(model, adapter, modules)
@@ -168,35 +167,27 @@ def check_new_adapter(model: nn.Module, adapter: str) -> None:
         raise ValueError(f"adapter: expected a new name, found {adapter!r}, which the model has already")
     if not adapter or "." in adapter:
         raise ValueError(f"adapter: expected a name without dots, found {adapter!r}")
-    if any(layer.merged_adapter is not None for layer in lora_layers(model).values()):
-        raise ValueError(
-            "model: expected an unmerged model, found a merged adapter; call fastlora.unmerge(model) first"
-        )
+    check_unmerged(model)
 
 
-def _initial_adapter(module: Any, name: str, config: LoraConfig) -> tuple[Tensor, Tensor]:
-    """A `[R, K]` and B `[N, R]` in float32, drawn in PEFT's order from torch's CPU generator."""
-    N, K = features(module)
-    rank = pattern_value(config.rank_pattern, name, config.r)
-    device = "meta" if module.weight.is_meta else "cpu"
-    a = nn.Linear(K, rank, bias=False, device=device).weight.data
-    b = nn.Linear(rank, N, bias=False, device=device).weight.data
-    if config.init_lora_weights == "gaussian":
-        nn.init.normal_(a, std=1 / rank)
-    elif config.init_lora_weights:
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-    if config.init_lora_weights is not False:
-        nn.init.zeros_(b)
+def rank_of(config: LoraConfig, name: str) -> int:
+    """The rank of an adapter at a module."""
+    return pattern_value(config.rank_pattern, name, config.r)
+
+
+def scaling_of(config: LoraConfig, name: str) -> float:
+    """The factor of an adapter's low-rank part at a module."""
+    return config.scaling(rank_of(config, name), pattern_value(config.alpha_pattern, name, config.lora_alpha))
+
+
+def _initial_parts(module: Any, name: str, config: LoraConfig) -> Parts:
+    """The tensors of a new adapter in float32, drawn in PEFT's order from torch's CPU generator."""
+    kind = kind_of(module)
+    assert kind is not None, "find_targets lets no other module through"
+    parts = kind.draw(module, rank_of(config, name), config.init_lora_weights, config.lora_bias)
     # PEFT moves a new adapter to the dtype of a dense weight, then back to float32.
-    dtype = module.weight.dtype if module.weight.is_floating_point() else a.dtype
-    return a.to(dtype).float(), b.to(dtype).float()
-
-
-def features(module: Any) -> tuple[int, int]:
-    """out_features and in_features of a target."""
-    if isinstance(module, (nn.Linear, LoraLayer)) or is_linear8bit(module):
-        return module.out_features, module.in_features
-    return module.nf, module.nx
+    dtype = module.weight.dtype if module.weight.is_floating_point() else torch.float32
+    return {part: tensor.to(dtype).float() for part, tensor in parts.items()}
 
 
 def _freeze(model: nn.Module) -> None:

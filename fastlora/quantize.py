@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layers import LoraLayer, adopt, is_linear8bit
+from .layers import LinearLayer, adopt, is_linear8bit
 
 QUANTIZATIONS = (None, "int8")
 
@@ -23,7 +23,9 @@ def check_quantizable(model: nn.Module, targets: dict[str, Any], quantize: str |
         return
     names = _names_by_weight(model)
     for name, module in targets.items():
-        if not module.weight.is_floating_point() or (isinstance(module, LoraLayer) and module.weight_scale is not None):
+        if not module.weight.is_floating_point() or (
+            isinstance(module, LinearLayer) and module.weight_scale is not None
+        ):
             continue
         sharing = [other for other in names[id(module.weight)] if other != name]
         if sharing:
@@ -49,7 +51,7 @@ def take_over_bitsandbytes(model: nn.Module) -> None:
     modules = [module for module in model.modules() if is_linear8bit(module)]
     for module in modules:
         layer = adopt(module)
-        if layer.weight_scale is None:
+        if isinstance(layer, LinearLayer) and layer.weight_scale is None:
             layer.quantize()
     if not modules:
         return

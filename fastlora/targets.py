@@ -12,7 +12,7 @@ from torch import nn
 
 from .architectures import DEFAULT_TARGETS
 from .config import LoraConfig
-from .layers import is_adaptable
+from .layers import LinearLayer, kind_of
 
 ALL_LINEAR = "all-linear"
 
@@ -27,7 +27,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict
     modules = dict(model.named_modules())
     config = replace(config, target_modules=_explicit_targets(model, modules, config))
     selected = {name: module for name, module in modules.items() if name and matches(config, name)}
-    adaptable = {name: module for name, module in selected.items() if is_adaptable(module)}
+    adaptable = {name: module for name, module in selected.items() if kind_of(module) is not None}
     if not selected:
         raise ValueError(_nothing_found(config, modules))
     for name, module in selected.items():
@@ -81,8 +81,13 @@ def _explicit_targets(model: nn.Module, modules: dict[str, nn.Module], config: L
         return default if isinstance(default, str) else list(default)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         head = output_head(model)
-        return _shortest([n for n, m in modules.items() if is_adaptable(m) and n != head], modules)
+        return _shortest([n for n, m in modules.items() if _is_linear(m) and n != head], modules)
     return targets
+
+
+def _is_linear(module: nn.Module) -> bool:
+    kind = kind_of(module)
+    return kind is not None and issubclass(kind, LinearLayer)
 
 
 def _shortest(names: list[str], modules: Iterable[str]) -> list[str]:
@@ -107,7 +112,7 @@ def _in_chosen_layer(config: LoraConfig, name: str) -> bool:
 
 
 def _nothing_found(config: LoraConfig, modules: dict[str, nn.Module]) -> str:
-    existing = sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if is_adaptable(module)})
+    existing = sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if kind_of(module) is not None})
     if not isinstance(config.target_modules, str) and any(_has_suffix(n, config.target_modules or []) for n in modules):
         return (
             f"targets: expected some of {config.target_modules!r} to be left, found that exclude_modules "

@@ -108,7 +108,9 @@ def test_quantize_refuses_a_tied_weight():
     refused(model, "weight of its own at 'lm_head', found it shared with 'model.embed_tokens'", call)
 
 
-@pytest.mark.parametrize("setting", [dict(use_dora=True), dict(bias="all"), dict(modules_to_save=["lm_head"])], ids=str)
+@pytest.mark.parametrize(
+    "setting", [dict(use_qalora=True), dict(use_bdlora={"a": 1}), dict(arrow_config={"a": 1})], ids=str
+)
 def test_config_refuses_unsupported_settings(setting):
     with pytest.raises(ValueError, match=f"{next(iter(setting))}: not supported"):
         fastlora.LoraConfig(**setting)
@@ -178,11 +180,11 @@ FOLDERS = {
     "empty": (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), "expected a whole safetensors file"),
     "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "expected JSON"),
     "JSON list": (lambda f: (f / "adapter_config.json").write_text("[]"), "expected a JSON object, found list"),
-    "another rank": (lambda f: change_config(f, r=5), r"lora_A of shape \[5, \d+\] .*, found \[4, \d+\]"),
+    "another rank": (lambda f: change_config(f, r=5), r"lora_A.weight of shape \[5, \d+\] .*, found \[4, \d+\]"),
     "another method": (lambda f: change_config(f, peft_type="IA3"), "peft_type: expected 'LORA', found 'IA3'"),
-    "unsupported": (lambda f: change_config(f, use_dora=True), "use_dora: not supported"),
+    "unsupported": (lambda f: change_config(f, use_qalora=True), "use_qalora: not supported"),
     "unknown setting": (lambda f: change_config(f, use_magic=True), "use_magic: a setting that fastlora does not know"),
-    "missing tensor": (lambda f: change_tensors(f, without_first), "expected lora_[AB] of shape .*, found none"),
+    "missing tensor": (lambda f: change_tensors(f, without_first), "expected lora_[AB].weight of shape .*, found none"),
     "no tensors": (lambda f: change_tensors(f, lambda t: {}), "found an empty file"),
     "foreign key": (lambda f: change_tensors(f, lambda t: t | {"x": torch.ones(1)}), "found 'x'"),
     "nan": (lambda f: change_tensors(f, with_nan), "expected finite weights"),
@@ -213,7 +215,7 @@ def test_load_refuses_another_size(folder):
 
     model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=80, num_hidden_layers=2, vocab_size=96,
                                          num_attention_heads=4))  # fmt: skip
-    refused(model, r"expected lora_B of shape \[32, 4\]", lambda: fastlora.load(model, folder))
+    refused(model, r"expected lora_B.weight of shape \[32, 4\]", lambda: fastlora.load(model, folder))
 
 
 def test_load_warns_of_another_base(folder, caplog):

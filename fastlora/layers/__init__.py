@@ -1,6 +1,33 @@
 """Modules that hold a frozen weight and adapters, and call the ops."""
 
-from .bitsandbytes import is_linear8bit
-from .linear import LoraConv1D, LoraLayer, LoraLinear, adopt, is_adaptable
+from __future__ import annotations
 
-__all__ = ["LoraConv1D", "LoraLayer", "LoraLinear", "adopt", "is_adaptable", "is_linear8bit"]
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import LoraLayer, become
+from .bitsandbytes import is_linear8bit
+from .linear import LinearLayer, LoraConv1D, LoraLinear
+
+__all__ = ["KINDS", "LinearLayer", "LoraConv1D", "LoraLayer", "LoraLinear", "adopt", "is_linear8bit", "kind_of"]
+
+KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraConv1D)
+
+
+def kind_of(module: nn.Module) -> type[LoraLayer] | None:
+    """The kind of LoRA layer that a module is or can become; None where it can become none."""
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return None
+    # The class of a layer may be a kind's or, for a kind that builds on the original, one made for the two.
+    return next((kind for kind in KINDS if isinstance(module, kind) or kind.accepts(module)), None)
+
+
+def adopt(module: Any) -> LoraLayer:
+    """Turns a module that `kind_of` knows into a LoRA layer without adapters, in place; one that is stays as it is."""
+    kind = kind_of(module)
+    if isinstance(module, LoraLayer) or kind is None:
+        return module
+    dense_dtype = torch.float16 if is_linear8bit(module) else module.weight.dtype
+    return become(module, kind, dense_dtype)

@@ -1,13 +1,8 @@
-"""Linear layers with LoRA adapters.
-
-A model's own module becomes a LoRA layer by changing its class: it keeps its identity, its place, its hooks and
-its parameters' names, and changing the class back undoes it.
-"""
+"""Linear layers with LoRA adapters: `nn.Linear`, transformers' `Conv1D`, and the 8-bit layers of bitsandbytes."""
 
 from __future__ import annotations
 
 import sys
-import types
 from typing import Any
 
 import torch
@@ -15,48 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..pages import release_pages
-from .bitsandbytes import is_linear8bit, restore_linear8bit, take_int8
+from .bitsandbytes import is_linear8bit
+from .branch import draw_seed, dropout, low_rank
+from .frozen_linear import FrozenLinear
 
 # Subclasses of nn.Linear whose forward differs from it in nothing but the way it is written.
 EQUIVALENT_LINEARS = {"FalconLinear"}
 
 
-class LoraLayer(nn.Module):
-    """A frozen linear layer `W x + bias`, dense or int8, with named LoRA adapters of which one is active.
-
-    Attributes:
-        weight: the frozen weight; int8 `[N, K]` where `weight_scale` is not None.
-        weight_scale: float `[N]` for an int8 weight, else None.
-        lora_A, lora_B: parameters by adapter name, `[R, K]` and `[N, R]`.
-        scaling, lora_dropout: the factor of `B A` and the dropout probability by adapter name.
-        active_adapter: the adapter in use, or None.
-        adapters_enabled: False while adapters are switched off.
-        merged_adapter: the adapter folded into `weight`, or None.
-        original_class: the module's class before it became a LoRA layer.
-        dense_dtype: the dtype of the weight before it was quantised.
-    """
-
-    in_features: Any
-    out_features: Any
-    weight: Any
-    weight_scale: nn.Parameter | None
-    bias: Any
-    lora_A: nn.ParameterDict
-    lora_B: nn.ParameterDict
-    scaling: dict[str, float]
-    lora_dropout: dict[str, float]
-    active_adapter: str | None
-    adapters_enabled: bool
-    merged_adapter: str | None
-    original_class: type[nn.Module]
-    dense_dtype: torch.dtype
-    _before_merge: tuple[nn.Parameter, nn.Parameter | None] | None
-
-    @property
-    def frozen_weight(self) -> Tensor:
-        """The weight as `[N, K]`, merged or not."""
-        raise NotImplementedError
+class LinearLayer(FrozenLinear):
+    """What a linear layer with adapters computes: one plain adapter in the fused op, anything else around it."""
 
     def forward(self, x: Tensor) -> Tensor:
         parameters: dict[str, Any] = self._parameters  # nn.Module's attribute lookup costs as much as a small kernel
@@ -70,147 +33,99 @@ class LoraLayer(nn.Module):
         return self._linear(x, None) + bias.to(x.dtype)
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        weight: Tensor = self.frozen_weight
-        weight_scale: Tensor | None = self._parameters["weight_scale"]
-        adapter = self.active_adapter
-        if self.merged_adapter is not None and not self.adapters_enabled:
-            weight, weight_scale = self._frozen_before_merge()
-        if adapter is None or self.merged_adapter is not None or not self.adapters_enabled:
-            if weight_scale is None:
-                return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-            return ops.lora_linear(x, weight, weight_scale, bias)
+        running = self.active_adapters if self.adapters_enabled and not self.merged_adapters else ()
+        if not running:
+            return self._frozen(x, bias)
+        if len(running) > 1 or not self._is_plain(running[0]):
+            return self._several(x, bias, running)
+        adapter = running[0]
         p = self.lora_dropout[adapter] if self.training else 0.0
-        seed = torch.randint(2**63 - 1, (1,), device=x.device) if p > 0 else None
+        seed = draw_seed(x) if p > 0 else None
         modules: dict[str, Any] = self._modules
         a, b = modules["lora_A"]._parameters[adapter], modules["lora_B"]._parameters[adapter]
-        return ops.lora_linear(x, weight, weight_scale, bias, a, b, self.scaling[adapter], p, seed)
+        weight_scale = self._parameters["weight_scale"]
+        return ops.lora_linear(x, self.frozen_weight, weight_scale, bias, a, b, self.scaling[adapter], p, seed)
 
-    def add_adapter(self, name: str, a: Tensor, b: Tensor, scaling: float, dropout: float) -> None:
-        """Adds an adapter, on the device of the weight; 16-bit models get float32 adapters, as in PEFT."""
-        dtype = torch.promote_types(self.dense_dtype, torch.float32)
-        self.lora_A[name] = nn.Parameter(a.to(self.weight.device, dtype))
-        self.lora_B[name] = nn.Parameter(b.to(self.weight.device, dtype))
-        self.scaling[name], self.lora_dropout[name] = scaling, dropout
+    def _frozen(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        weight, weight_scale = self.frozen_weight, self._parameters["weight_scale"]
+        if weight_scale is None:
+            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return ops.lora_linear(x, weight, weight_scale, bias)
 
-    def quantize(self) -> None:
-        """Replaces the dense weight by int8 codes and a scale per output feature."""
-        dense = self.weight.data
-        self.set_int8(*ops.quantize_rows(self.frozen_weight))
-        release_pages(dense)
+    def _is_plain(self, adapter: str) -> bool:
+        """Whether the adapter is A and B alone."""
+        modules: dict[str, Any] = self._modules
+        return (
+            adapter not in modules["lora_magnitude"]._parameters and adapter not in modules["lora_B_bias"]._parameters
+        )
 
-    def set_int8(self, q: Tensor, scale: Tensor) -> None:
-        self.weight = nn.Parameter(q, requires_grad=False)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+    def _several(self, x: Tensor, bias: Tensor | None, adapters: tuple[str, ...]) -> Tensor:
+        drops = self.training and any(self.lora_dropout[adapter] for adapter in adapters)
+        if not drops and not any(adapter in self.lora_magnitude for adapter in adapters):
+            a, b = self._stacked(adapters)
+            y = ops.lora_linear(x, self.frozen_weight, self.weight_scale, bias, a, b)
+            return y + self._bias_of(adapters).to(y.dtype) if self._has_bias(adapters) else y
+        if not drops and len(adapters) == 1:
+            return self._dora(x, bias, adapters[0])
+        y = self._frozen(x, bias)
+        for adapter in adapters:
+            y = y + self._added(x, adapter)
+        return y
 
-    def dense_weight(self, adapter: str | None = None) -> Tensor:
-        """The frozen weight as the original module stores it, with an adapter folded in where one is named."""
-        weight, weight_scale = self._frozen_before_merge()
-        if weight_scale is not None:
-            weight = weight.float() * weight_scale.float()[:, None]
-        if adapter is not None:
-            a, b = self.lora_A[adapter].detach(), self.lora_B[adapter].detach()
-            weight, _ = ops.merge_rows(weight, None, a, b, self.scaling[adapter])
-        return self._stored(weight.to(self.dense_dtype))
+    def _dora(self, x: Tensor, bias: Tensor | None, adapter: str) -> Tensor:
+        """One DoRA adapter without dropout: the plain layer's output, scaled per feature."""
+        weight, weight_scale, factor = self.frozen_weight, self.weight_scale, self._row_factor(adapter)
+        a, b, scaling = self.lora_A[adapter], self.lora_B[adapter], self.scaling[adapter]
+        if weight_scale is not None and not torch.is_grad_enabled():
+            # The scale of the int8 rows takes the factor in; nothing more is to be computed.
+            return ops.lora_linear(x, weight, weight_scale * factor, bias, a, b * factor[:, None], scaling)
+        y = ops.lora_linear(x, weight, weight_scale, None, a, b, scaling) * factor.to(x.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
 
-    def merge(self) -> None:
-        """Folds the active adapter into the weight; the weight before is kept, so that `unmerge` is exact.
-
-        Raises:
-            ValueError: the merged weight is not finite.
-        """
-        adapter = self.active_adapter
-        if adapter is None or self.merged_adapter is not None:
-            return
-        a, b = self.lora_A[adapter].detach(), self.lora_B[adapter].detach()
-        before = (self.weight, self.weight_scale)
-        weight, scale = ops.merge_rows(self.frozen_weight, self.weight_scale, a, b, self.scaling[adapter])
-        if not torch.isfinite(weight if self.weight_scale is None else scale).all():
-            raise ValueError(f"adapter {adapter!r}: expected a finite merged weight, found inf or nan")
-        if self.weight_scale is None:
-            self.weight = nn.Parameter(self._stored(weight), requires_grad=False)
-        else:
-            self.set_int8(weight, scale)
-        self._before_merge, self.merged_adapter = before, adapter
-
-    def unmerge(self) -> None:
-        """Gives back the weight from before `merge`, bit for bit."""
-        if self._before_merge is None:
-            return
-        device = self.weight.device
-        for parameter in self._before_merge:
-            if parameter is not None:
-                parameter.data = parameter.data.to(device)
-        self.weight, self.weight_scale = self._before_merge
-        self._before_merge, self.merged_adapter = None, None
-
-    def release(self, merge: bool = False) -> None:
-        """Turns the module back into what it was, with the active adapter folded in if `merge`.
-
-        A weight that fastlora quantised is dequantised; one that came from bitsandbytes stays int8.
-        """
-        if self.original_class.__name__ == "Linear8bitLt":
-            self.merge() if merge else self.unmerge()
-            q, scale = self.weight.data, self.weight_scale
-            self._become_original()
-            restore_linear8bit(self, q, scale)
-        elif merge or self.merged_adapter is not None or self.weight_scale is not None:
-            weight = self.dense_weight(self.active_adapter if merge else None)
-            self._become_original()
-            self.weight = nn.Parameter(weight, requires_grad=False)
-        else:
-            self._become_original()
-
-    def _become_original(self) -> None:
-        """Drops everything that `adopt` added."""
-        original: Any = self.original_class
-        del self.lora_A, self.lora_B
-        del self._parameters["weight_scale"]
-        for name in _LAYER_STATE:
-            del self.__dict__[name]
-        self.__class__ = original
-        _rebind_hooked_forward(self)
-
-    def _frozen_before_merge(self) -> tuple[Tensor, Tensor | None]:
-        """The unmerged weight `[N, K]` and its scale."""
-        if self._before_merge is None:
-            return self.frozen_weight, self.weight_scale
-        weight, scale = self._before_merge
-        return (self._stored(weight) if scale is None else weight), scale
-
-    def _stored(self, weight: Tensor) -> Tensor:
-        """A dense `[N, K]` weight in the layout of the original module; its own inverse."""
-        return weight
+    def _added(self, x: Tensor, adapter: str) -> Tensor:
+        """What one adapter adds to the frozen layer's output."""
+        x = dropout(x, self.lora_dropout[adapter] if self.training else 0.0)
+        added = self.scaling[adapter] * low_rank(x, self.lora_A[adapter], self.lora_B[adapter])
+        if adapter in self.lora_magnitude:
+            factor = self._row_factor(adapter).to(x.dtype)
+            added = (factor - 1) * self._frozen(x) + factor * added
+        return added + self._bias_of((adapter,)).to(added.dtype) if self._has_bias((adapter,)) else added
 
     def extra_repr(self) -> str:
-        ranks = ", ".join(f"{name}: r={a.shape[0]}" for name, a in self.lora_A.items())
         kind = str(self.weight.dtype).removeprefix("torch.")
-        return f"in_features={self.in_features}, out_features={self.out_features}, weight={kind}, adapters=({ranks})"
+        N, K = self.features(self)
+        adapters = ", ".join(f"{name}: r={a.shape[0]}" for name, a in self.lora_A.items())
+        return f"in_features={K}, out_features={N}, weight={kind}, adapters=({adapters})"
 
 
-_LAYER_STATE = (
-    "scaling", "lora_dropout", "active_adapter", "adapters_enabled", "merged_adapter", "original_class",
-    "dense_dtype", "_before_merge",
-)  # fmt: skip
-
-
-class LoraLinear(LoraLayer, nn.Linear):  # type: ignore[misc]
+class LoraLinear(LinearLayer, nn.Linear):  # type: ignore[misc]
     """`nn.Linear` with LoRA adapters."""
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        if is_linear8bit(module):
+            return True
+        if not isinstance(module, nn.Linear):
+            return False
+        return type(module).forward is nn.Linear.forward or type(module).__name__ in EQUIVALENT_LINEARS
 
     @property
     def frozen_weight(self) -> Any:
         return self._parameters["weight"]
 
 
-class LoraConv1D(LoraLayer):
+class LoraConv1D(LinearLayer):
     """transformers' `Conv1D`, a linear layer whose dense weight is stored as `[K, N]`, with LoRA adapters."""
 
-    @property
-    def in_features(self) -> Any:
-        return self.nx
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        # A model with a Conv1D has imported transformers; fastlora need not.
+        transformers_layers = sys.modules.get("transformers.pytorch_utils")
+        return transformers_layers is not None and isinstance(module, transformers_layers.Conv1D)
 
-    @property
-    def out_features(self) -> Any:
-        return self.nf
+    @classmethod
+    def features(cls, module: Any) -> tuple[int, int]:
+        return module.nf, module.nx
 
     @property
     def frozen_weight(self) -> Tensor:
@@ -218,48 +133,3 @@ class LoraConv1D(LoraLayer):
 
     def _stored(self, weight: Tensor) -> Tensor:
         return weight.T
-
-
-def is_adaptable(module: nn.Module) -> bool:
-    """Whether `adopt` takes this module."""
-    if isinstance(module, LoraLayer):
-        return True
-    if torch.nn.utils.parametrize.is_parametrized(module):
-        return False
-    if is_linear8bit(module):
-        return True
-    if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward or type(module).__name__ in EQUIVALENT_LINEARS
-    return _is_conv1d(module)
-
-
-def adopt(module: Any) -> LoraLayer:
-    """Turns a linear module into a LoRA layer without adapters, in place; one that is already is returned as it is."""
-    if isinstance(module, LoraLayer):
-        return module
-    int8 = take_int8(module) if is_linear8bit(module) else None
-    dense_dtype = torch.float16 if is_linear8bit(module) else module.weight.dtype
-    state: dict[str, Any] = dict(
-        scaling={}, lora_dropout={}, active_adapter=None, adapters_enabled=True, merged_adapter=None,
-        original_class=type(module), dense_dtype=dense_dtype, _before_merge=None,
-    )  # fmt: skip
-    module.__class__ = LoraConv1D if _is_conv1d(module) else LoraLinear
-    module.__dict__.update(state)
-    module.register_parameter("weight_scale", None)
-    module.lora_A, module.lora_B = nn.ParameterDict(), nn.ParameterDict()
-    if int8 is not None:
-        module.set_int8(*int8)
-    _rebind_hooked_forward(module)
-    return module
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    # A model with a Conv1D has imported transformers; fastlora need not.
-    transformers_layers = sys.modules.get("transformers.pytorch_utils")
-    return transformers_layers is not None and isinstance(module, transformers_layers.Conv1D)
-
-
-def _rebind_hooked_forward(module: Any) -> None:
-    """accelerate's device hooks keep the forward they wrap on the instance: make that the class's present one."""
-    if "_old_forward" in module.__dict__:
-        module._old_forward = types.MethodType(type(module).forward, module)

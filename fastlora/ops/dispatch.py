@@ -22,12 +22,13 @@ _forced: str | None = None
 
 def implementation(tensor: Tensor, rank: int = 0) -> ModuleType:
     """The room of `fastlora_kernels` that computes for `tensor` at a rank."""
-    return _choose(tensor.device.type, tensor.dtype, rank)
+    return _choose(_forced, tensor.device.type, tensor.dtype, rank)
 
 
-def _choose(device: str, dtype: torch.dtype, rank: int) -> ModuleType:
-    if _forced is not None:
-        return _room(_forced)
+@functools.cache
+def _choose(forced: str | None, device: str, dtype: torch.dtype, rank: int) -> ModuleType:
+    if forced is not None:
+        return _room(forced)
     if device not in ("cpu", "cuda"):
         return _fallback(f"there are no kernels for device {device!r}")
     if dtype.is_floating_point and dtype not in KERNEL_DTYPES:
@@ -41,7 +42,7 @@ def _choose(device: str, dtype: torch.dtype, rank: int) -> ModuleType:
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
     """Which implementation computes for inputs of a dtype on a device, in words."""
-    room = _choose(device.type, dtype, rank=0).__name__.rsplit(".")[-1]
+    room = _choose(_forced, device.type, dtype, rank=0).__name__.rsplit(".")[-1]
     if room == "cpu":
         return f"native CPU: {_room('cpu').describe(dtype)}"
     return "eager PyTorch" if room == "reference" else f"Triton kernels on {torch.cuda.get_device_name(device)}"

@@ -119,6 +119,9 @@ class _Eager(torch.autograd.Function):
         return _gradients(functools.partial(_run, "lora_linear_backward", saved[4]), ctx, saved, d_y)
 
 
+_PLAIN_TYPES = {Tensor, Parameter}
+
+
 def _is_plain(*tensors: Tensor | None) -> bool:
     """Whether nothing but autograd looks on: no compiler or tracer, no subclass of Tensor, no fake or meta tensor."""
     if (
@@ -127,7 +130,10 @@ def _is_plain(*tensors: Tensor | None) -> bool:
         or torch._C._is_torch_function_mode_enabled()
     ):
         return False
-    return all(tensor is None or (type(tensor) in (Tensor, Parameter) and not tensor.is_meta) for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110, a generator costs as much as a small product
+        if tensor is not None and (type(tensor) not in _PLAIN_TYPES or tensor.is_meta):
+            return False
+    return True
 
 
 def lora_linear(
@@ -156,7 +162,9 @@ def lora_linear(
     inputs = (flat, w, w_scale, bias, a, b, scale, p, seed)
     if not _is_plain(x, w, a):
         y, _ = _forward(*inputs)
-    elif torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, a, b)):
+    elif torch.is_grad_enabled() and (
+        x.requires_grad or (a is not None and a.requires_grad) or (b is not None and b.requires_grad)
+    ):
         y = _Eager.apply(*inputs)
     else:
         y, _ = _run("lora_linear", a, *inputs)

@@ -36,18 +36,18 @@ def lora_linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dtype = x.dtype
-    wide = x.to(product_dtype(dtype))
+    wide = _as(x, product_dtype(dtype))
     y = _frozen(x, wide, w, w_scale, bias)
     if a is None or b is None:
-        return y.to(dtype), x.new_empty(x.shape[0], 0)
+        return _as(y, dtype), x.new_empty(x.shape[0], 0)
     if x.shape[0] <= FEW_TOKENS:
-        wide, y = wide.float(), y.float()
+        wide, y = _as(wide, torch.float32), _as(y, torch.float32)
     if p > 0 and seed is not None:
         wide = dropped(wide, keep_bits(seed, x.shape[0], x.shape[1], p))
         a = a / (1 - p)  # before a is rounded to the dtype of x, which costs no accuracy
-    s = F.linear(wide, a.to(wide.dtype))
-    y = y.addmm_(s, b.to(wide.dtype).T, alpha=scale)
-    return y.to(dtype), s.to(dtype)
+    s = F.linear(wide, _as(a, wide.dtype))
+    y = y.addmm_(s, _as(b, wide.dtype).T, alpha=scale)
+    return _as(y, dtype), _as(s, dtype)
 
 
 def _frozen(x: Tensor, wide: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -55,7 +55,7 @@ def _frozen(x: Tensor, wide: Tensor, w: Tensor, w_scale: Tensor | None, bias: Te
     if w_scale is None:
         if x.shape[0] == 1 and x.dtype == w.dtype == torch.bfloat16:
             wide = x
-        return F.linear(wide, _cast(w, wide.dtype), None if bias is None else bias.to(wide.dtype))
+        return F.linear(wide, _cast(w, wide.dtype), None if bias is None else _as(bias, wide.dtype))
     codes_read_as_they_are = (
         x.shape[0] <= FEW_TOKENS
         and x.dtype == torch.bfloat16
@@ -86,26 +86,31 @@ def lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     narrow, wide = d_y.dtype, product_dtype(d_y.dtype)
     d_x, d_a, d_b = d_y.new_empty(0), d_y.new_empty(0), d_y.new_empty(0)
-    d_y = d_y.to(wide)
+    d_y = _as(d_y, wide)
     if needs_x:
         scaled = d_y if w_scale is None else (d_y * w_scale).to(wide)
         d_x = scaled @ _cast(w, wide)
     if a is None or b is None:
-        return d_x.to(narrow), d_a, d_b
+        return _as(d_x, narrow), d_a, d_b
     if needs_b and s is not None:
-        d_b = (d_y.T @ s.to(wide)).to(b.dtype).mul_(scale)
+        d_b = _as(d_y.T @ _as(s, wide), b.dtype).mul_(scale)
     if needs_x or needs_a:
-        d_s = d_y @ (scale / (1 - p) * b).to(wide)
+        d_s = d_y @ _as(scale / (1 - p) * b, wide)
         keep = keep_bits(seed, d_y.shape[0], w.shape[1], p) if p > 0 and seed is not None else None
         if needs_a and x is not None:
-            x = x.to(wide)
-            d_a = (d_s.T @ (x if keep is None else dropped(x, keep))).to(a.dtype)
+            x = _as(x, wide)
+            d_a = _as(d_s.T @ (x if keep is None else dropped(x, keep)), a.dtype)
         if needs_x:
             if keep is None:
-                d_x.addmm_(d_s, a.to(wide))
+                d_x.addmm_(d_s, _as(a, wide))
             else:
-                d_x += drop_(d_s @ a.to(wide), keep)
-    return d_x.to(narrow), d_a, d_b
+                d_x += drop_(d_s @ _as(a, wide), keep)
+    return _as(d_x, narrow), d_a, d_b
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; even a call of `to` that does nothing takes as long as a small product."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 @functools.lru_cache(maxsize=64)

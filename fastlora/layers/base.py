@@ -1,0 +1,240 @@
+"""What every layer with adapters has in common: its adapters, which of them run, and folding them into the weights.
+
+A model's own module becomes a LoRA layer by changing its class: it keeps its identity, its place, its hooks and
+its parameters' names, and changing the class back undoes it.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Parts = dict[str, Tensor]  # the tensors of one adapter in one layer, by the names they have in PEFT's files
+
+
+class LoraLayer(nn.Module):
+    """A frozen module with named LoRA adapters, any number of which are active.
+
+    A kind of layer is a subclass. It says which modules it takes and which shapes an adapter has there, computes,
+    and folds adapters into parameters.
+
+    Attributes:
+        lora_A, lora_B, lora_B_bias, lora_magnitude: parameters by adapter name; the last two only where used.
+        scaling, lora_dropout: the factor of `B A` and the dropout probability by adapter name.
+        active_adapters: the adapters in use, in order.
+        adapters_enabled: False while adapters are switched off.
+        merged_adapters: the adapters folded into the weights.
+        original_class: the module's class before it became a LoRA layer.
+        dense_dtype: the dtype of the weight before it was quantised.
+    """
+
+    PARTS: ClassVar[dict[str, str]] = {
+        "lora_A.weight": "lora_A",
+        "lora_B.weight": "lora_B",
+        "lora_B.bias": "lora_B_bias",
+        "lora_magnitude_vector": "lora_magnitude",
+    }
+
+    lora_A: nn.ParameterDict
+    lora_B: nn.ParameterDict
+    lora_B_bias: nn.ParameterDict
+    lora_magnitude: nn.ParameterDict
+    scaling: dict[str, float]
+    lora_dropout: dict[str, float]
+    active_adapters: tuple[str, ...]
+    adapters_enabled: bool
+    merged_adapters: tuple[str, ...]
+    original_class: type[nn.Module]
+    dense_dtype: torch.dtype
+    _before_merge: dict[str, nn.Parameter | None]
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Whether this kind takes the module."""
+        raise NotImplementedError
+
+    @classmethod
+    def class_for(cls, original: type[nn.Module]) -> type[LoraLayer]:
+        """The class that a module of an original class gets: both, unless the kind needs nothing of the original."""
+        return _class_of(cls, original)
+
+    @classmethod
+    def shapes(cls, module: Any, rank: int) -> dict[str, list[int]]:
+        """The shape of each tensor that an adapter can have on the module, adapted or not."""
+        raise NotImplementedError
+
+    @classmethod
+    def draw(cls, module: Any, rank: int, init: bool | str, bias: bool) -> Parts:
+        """The initial tensors of an adapter, drawn in PEFT's order from torch's CPU generator.
+
+        Args:
+            init: True, False or "gaussian", as in `LoraConfig.init_lora_weights`.
+            bias: whether B has a bias.
+        """
+        raise NotImplementedError
+
+    def setup(self) -> None:
+        """What the kind does besides when it takes a module."""
+
+    def folded(self, adapters: tuple[str, ...]) -> dict[str, nn.Parameter | None]:
+        """The layer's own parameters with adapters folded in, by name."""
+        raise NotImplementedError
+
+    def has(self, adapter: str) -> bool:
+        return adapter in self.lora_A
+
+    def running_adapters(self) -> tuple[str, ...]:
+        """The adapters that the next call computes."""
+        return self.active_adapters if self.adapters_enabled and not self.merged_adapters else ()
+
+    def parts(self, adapter: str) -> dict[str, nn.Parameter]:
+        """The parameters of one adapter by the names they have in PEFT's files."""
+        found = {part: getattr(self, attribute) for part, attribute in self.PARTS.items()}
+        return {part: parameters[adapter] for part, parameters in found.items() if adapter in parameters}
+
+    def add_adapter(self, name: str, parts: Parts, scaling: float, dropout: float, trainable: bool = True) -> None:
+        """Adds an adapter, on the device of the weight; 16-bit models get float32 adapters, as in PEFT."""
+        dtype, device = torch.promote_types(self.dense_dtype, torch.float32), next(self.parameters()).device
+        for part, tensor in parts.items():
+            parameter = nn.Parameter(tensor.to(device, dtype), requires_grad=trainable)
+            getattr(self, self.PARTS[part])[name] = parameter
+        self.scaling[name], self.lora_dropout[name] = scaling, dropout
+
+    def has_magnitude(self, adapter: str) -> bool:
+        return adapter in self.lora_magnitude
+
+    def add_magnitude(self, adapter: str, trainable: bool = True) -> None:
+        """Gives an adapter DoRA's magnitude, so that at first it changes nothing.
+
+        Raises:
+            TypeError: this kind of layer has no DoRA.
+        """
+        raise TypeError(f"use_dora: expected linear layers, found {self.original_class.__name__}")
+
+    def delete_adapter(self, name: str) -> None:
+        for by_name in self._by_adapter():
+            if name in by_name:
+                del by_name[name]
+        self.active_adapters = tuple(active for active in self.active_adapters if active != name)
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        for by_name in self._by_adapter():
+            if old in by_name:
+                by_name[new] = by_name.pop(old)
+        self.active_adapters = tuple(new if active == old else active for active in self.active_adapters)
+
+    def _by_adapter(self) -> list[Any]:
+        """Everything that is kept by adapter name."""
+        return [self.scaling, self.lora_dropout, *(getattr(self, attribute) for attribute in self.PARTS.values())]
+
+    def merge(self, adapters: Iterable[str] | None = None) -> None:
+        """Folds adapters, by default the active ones, into the weights; what was there is kept, so `unmerge` is exact.
+
+        Raises:
+            ValueError: a merged weight is not finite.
+        """
+        names = tuple(name for name in (self.active_adapters if adapters is None else adapters) if self.has(name))
+        if not names or self.merged_adapters:
+            return
+        folded = self.folded(names)
+        for name, parameter in folded.items():
+            if parameter is not None and parameter.is_floating_point() and not torch.isfinite(parameter).all():
+                raise ValueError(f"adapters {list(names)}: expected a finite merged {name}, found inf or nan")
+        self._before_merge = self.exchange(folded)
+        self.merged_adapters = names
+
+    def disable(self) -> None:
+        """Switches the adapters off, merged ones too."""
+        self.adapters_enabled = False
+        self._before_merge = self.exchange(self._before_merge)
+
+    def enable(self) -> None:
+        """Undoes `disable`."""
+        self.adapters_enabled = True
+        self._before_merge = self.exchange(self._before_merge)
+
+    def unmerge(self) -> None:
+        """Gives back the weights from before `merge`, bit for bit.
+
+        Raises:
+            ValueError: the adapters are disabled.
+        """
+        if self.merged_adapters and not self.adapters_enabled:
+            raise ValueError("unmerge: expected enabled adapters, found a call inside fastlora.disabled(model)")
+        if self.merged_adapters:
+            self.exchange(self._before_merge)
+            self._before_merge, self.merged_adapters = {}, ()
+
+    def exchange(self, parameters: dict[str, nn.Parameter | None]) -> dict[str, nn.Parameter | None]:
+        """Puts parameters in the place of those of the same names, on their devices, and returns these."""
+        before = {name: self._parameters[name] for name in parameters}
+        for name, parameter in parameters.items():
+            if parameter is not None:
+                parameter.data = parameter.data.to(next(self.parameters()).device)
+            self._parameters[name] = parameter
+        return before
+
+    def release(self, merge: bool = False) -> None:
+        """Turns the module back into what it was, with the active adapters folded in if `merge`."""
+        if merge:
+            self.merge()
+        else:
+            self.unmerge()
+        self._become_original()
+
+    def _become_original(self) -> None:
+        """Drops everything that `adopt` added."""
+        original: Any = self.original_class
+        for attribute in self.PARTS.values():
+            delattr(self, attribute)
+        for name in _LAYER_STATE:
+            del self.__dict__[name]
+        self.__class__ = original
+        rebind_hooked_forward(self)
+
+    def extra_repr(self) -> str:
+        ranks = ", ".join(f"{name}: r={a.shape[0]}" for name, a in self.lora_A.items())
+        return ", ".join(filter(None, [super().extra_repr(), f"adapters=({ranks})"]))
+
+
+_LAYER_STATE = (
+    "scaling", "lora_dropout", "active_adapters", "adapters_enabled", "merged_adapters", "original_class",
+    "dense_dtype", "_before_merge",
+)  # fmt: skip
+
+
+def become(module: Any, kind: type[LoraLayer], dense_dtype: torch.dtype) -> Any:
+    """Turns a module into a LoRA layer of a kind, without adapters, in place."""
+    state: dict[str, Any] = dict(
+        scaling={}, lora_dropout={}, active_adapters=(), adapters_enabled=True, merged_adapters=(),
+        original_class=type(module), dense_dtype=dense_dtype, _before_merge={},
+    )  # fmt: skip
+    module.__class__ = kind.class_for(type(module))
+    module.__dict__.update(state)
+    for attribute in kind.PARTS.values():
+        setattr(module, attribute, nn.ParameterDict())
+    module.setup()
+    rebind_hooked_forward(module)
+    return module
+
+
+_classes: dict[tuple[type, type], type] = {}
+
+
+def _class_of(kind: type[LoraLayer], original: type[nn.Module]) -> type[LoraLayer]:
+    """The kind itself where it derives from the original class, else the one class that is both."""
+    if issubclass(kind, original):
+        return kind
+    if (kind, original) not in _classes:
+        _classes[kind, original] = type(f"Lora{original.__name__}", (kind, original), {"__module__": kind.__module__})
+    return _classes[kind, original]
+
+
+def rebind_hooked_forward(module: Any) -> None:
+    """accelerate's device hooks keep the forward they wrap on the instance: make that the class's present one."""
+    if "_old_forward" in module.__dict__:
+        module._old_forward = types.MethodType(type(module).forward, module)
