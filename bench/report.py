@@ -113,7 +113,7 @@ def main() -> None:
     rows = read_rows(file)
     if not rows:
         raise SystemExit(f"no rows in {file}: run `python -m pytest bench -m cpu` first")
-    console = Console(width=160)
+    console = Console(width=200)
     for question in dict.fromkeys(row["question"] for row in rows):
         console.print(make_table(question, [row for row in rows if row["question"] == question]))
     console.print(origin(rows))
