@@ -7,10 +7,19 @@ fastlora.merge(model)
 """
 
 from .adapter_io import load, save
-from .adapters import disabled, print_trainable_parameters, set_adapter, trainable_parameters
+from .adapters import (
+    delete_adapter,
+    disabled,
+    print_trainable_parameters,
+    rename_adapter,
+    set_adapter,
+    set_scale,
+    trainable_parameters,
+)
 from .config import LoraConfig
 from .log import configure_from_environment
 from .merge import merge, unmerge
+from .mixing import mixed
 from .patch import patch, unload
 
 __version__ = "0.1.0"
@@ -18,13 +27,17 @@ configure_from_environment()
 
 __all__ = [
     "LoraConfig",
+    "delete_adapter",
     "disabled",
     "load",
     "merge",
+    "mixed",
     "patch",
     "print_trainable_parameters",
+    "rename_adapter",
     "save",
     "set_adapter",
+    "set_scale",
     "trainable_parameters",
     "unload",
     "unmerge",

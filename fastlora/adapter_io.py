@@ -13,13 +13,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapters import adapters, patched_layers
+from . import trained
+from .adapters import adapters, check_new_name, check_unmerged, patched_layers
 from .config import CONFIG_FILE, LoraConfig
 from .layers import LoraConv1D, LoraLayer, kind_of
 from .layers.base import Parts
 from .log import logger
-from .patch import attach, check_new_adapter, rank_of
+from .patch import attach
 from .quantize import check_quantizable
+from .targets import rank_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -38,7 +40,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     layers = patched_layers(model)
     for adapter, config in adapters(model).items():
         folder = Path(path) if adapter == "default" else Path(path, adapter)
-        _write_folder(folder, adapter_tensors(layers, adapter), _as_peft_records(config, model, layers, adapter))
+        _write_folder(folder, adapter_tensors(model, adapter), _as_peft_records(config, model, layers, adapter))
 
 
 def load(
@@ -62,14 +64,15 @@ def load(
     Raises:
         ValueError: the folder is not an adapter's, or does not fit the model; the model is then as it was.
     """
-    check_new_adapter(model, adapter)
+    check_new_name(model, adapter)
+    check_unmerged(model)
     folder = Path(path)
     config = LoraConfig.from_folder(folder)
     tensors = read_tensors(folder)
-    modules, weights = _fit(model, config, tensors, folder)
+    modules, weights, copies = _fit(model, config, tensors, folder)
     check_quantizable(model, modules, quantize)
     _warn_of_another_base(model, config, folder)
-    attach(model, modules, weights, replace(config, inference_mode=not trainable), adapter, quantize, trainable)
+    attach(model, modules, weights, replace(config, inference_mode=not trainable), adapter, quantize, trainable, copies)
     return model
 
 
@@ -85,12 +88,16 @@ def _as_peft_records(config: LoraConfig, model: nn.Module, layers: Mapping[str, 
     )
 
 
-def adapter_tensors(layers: Mapping[str, LoraLayer], adapter: str) -> dict[str, Tensor]:
+def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """The tensors of one adapter under PEFT's names."""
-    tensors = {}
+    tensors, layers = {}, patched_layers(model)
     for name, layer in layers.items():
         for part, parameter in layer.parts(adapter).items():
             tensors[f"{PREFIX}{name}.{part}"] = parameter.detach().contiguous()
+    for name, copy in trained.copies_of(model, adapter).items():
+        path, _, attribute = name.rpartition(".")
+        base = "base_layer." if path in layers and layers[path].has(adapter) else ""
+        tensors[f"{PREFIX}{path}.{base}{attribute}"] = copy.detach().contiguous()
     return tensors
 
 
@@ -119,14 +126,18 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _fit(
     model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], folder: Path
-) -> tuple[dict[str, nn.Module], dict[str, Parts]]:
-    """The modules that the tensors belong to, and their tensors by part, after every check."""
+) -> tuple[dict[str, nn.Module], dict[str, Parts], dict[str, Tensor]]:
+    """The modules that the tensors belong to, their tensors by part, and those of trained copies, all checked."""
     parts: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name, _, part = key.removeprefix(PREFIX).rpartition(".lora_")
-        if not key.startswith(PREFIX) or not part:
+        name, is_part, part = key.removeprefix(PREFIX).rpartition(".lora_")
+        if not key.startswith(PREFIX):
             raise ValueError(f"{folder}: expected keys of LoRA weights, found {key!r}")
-        parts.setdefault(name, {})[f"lora_{part}"] = tensor
+        if is_part:
+            parts.setdefault(name, {})[f"lora_{part}"] = tensor
+        else:
+            others[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = tensor
     if not parts:
         raise ValueError(f"{folder}: expected LoRA weights, found an empty file")
     existing = dict(model.named_modules())
@@ -135,7 +146,22 @@ def _fit(
         if name not in existing:
             raise ValueError(f"{folder}: expected an adapter for this model, found weights for {name!r} of {base!r}")
         _check_parts(name, existing[name], found, config, folder)
-    return {name: existing[name] for name in parts}, parts
+    _check_copies(model, config, list(parts), others, folder)
+    return {name: existing[name] for name in parts}, parts, others
+
+
+def _check_copies(
+    model: nn.Module, config: LoraConfig, targets: list[str], copies: dict[str, Tensor], folder: Path
+) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    wanted = trained.names_to_train(model, config, targets)
+    for name in sorted({*wanted, *copies}):
+        expected = list(parameters[name].shape) if name in wanted else "none"
+        found = list(copies[name].shape) if name in copies else "none"
+        if found != expected:
+            raise ValueError(f"{folder}: expected {name} of shape {expected}, found {found}")
+        if not torch.isfinite(copies[name]).all():
+            raise ValueError(f"{folder}: expected finite weights, found inf or nan in {name}")
 
 
 def _check_parts(name: str, module: nn.Module, parts: Parts, config: LoraConfig, folder: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 
+from . import trained
 from .config import LoraConfig
 from .layers import LoraLayer
+from .targets import scaling_of
 
 REGISTRY = "fastlora_adapters"
+ACTIVE = "fastlora_active"
 
 
 def adapters(model: nn.Module) -> dict[str, LoraConfig]:
@@ -35,11 +39,17 @@ def patched_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return layers
 
 
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """The adapters in use, in order."""
+    return model.__dict__.get(ACTIVE, ())
+
+
 def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     """Makes adapters the active ones, whose low-rank parts add up; all train as they did and keep their weights.
 
     Raises:
-        ValueError: there is no adapter of that name, one is named twice, or one is merged.
+        ValueError: there is no adapter of that name, one is named twice, one is merged, or two of them have
+            modules or biases of their own.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
@@ -47,8 +57,74 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"adapter: expected each name once, found {list(names)}")
     check_unmerged(model)
+    trained.check_activatable(model, names)
+    _activate(model, names)
+
+
+def _activate(model: nn.Module, names: tuple[str, ...]) -> None:
+    model.__dict__[ACTIVE] = names
     for layer in lora_layers(model).values():
         layer.active_adapters = tuple(name for name in names if layer.has(name))
+    trained.put_in_place(model, names)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Takes an adapter off and frees its memory. Where none is left active, the first that remains is.
+
+    Raises:
+        ValueError: there is no adapter of that name, or one is merged.
+    """
+    check_known(model, name)
+    check_unmerged(model)
+    del adapters(model)[name]
+    remaining = tuple(active for active in active_adapters(model) if active != name) or tuple(adapters(model))[:1]
+    _activate(model, remaining)
+    for layer in lora_layers(model).values():
+        layer.delete_adapter(name)
+    trained.forget(model, name)
+
+
+def rename_adapter(model: nn.Module, old: str, new: str) -> None:
+    """Gives an adapter another name.
+
+    Raises:
+        ValueError: there is no adapter of the old name, there is one of the new, or one is merged.
+    """
+    check_known(model, old)
+    check_new_name(model, new)
+    check_unmerged(model)
+    configs = adapters(model)
+    renamed = {new if name == old else name: config for name, config in configs.items()}
+    configs.clear()
+    configs.update(renamed)
+    for layer in lora_layers(model).values():
+        layer.rename_adapter(old, new)
+    trained.forget(model, old, new)
+    model.__dict__[ACTIVE] = tuple(new if name == old else name for name in active_adapters(model))
+
+
+def set_scale(model: nn.Module, name: str, factor: float) -> None:
+    """Scales an adapter's low-rank part to `factor` times what its config says, until set again.
+
+    Raises:
+        ValueError: there is no adapter of that name, one is merged, or the factor is not finite.
+    """
+    check_known(model, name)
+    check_unmerged(model)
+    if not math.isfinite(factor):
+        raise ValueError(f"factor: expected a finite number, found {factor}")
+    config = adapters(model)[name]
+    for path, layer in lora_layers(model).items():
+        if layer.has(name):
+            layer.scaling[name] = factor * scaling_of(config, path)
+
+
+def check_new_name(model: nn.Module, name: str) -> None:
+    """Raises ValueError where the model cannot take an adapter of this name."""
+    if name in adapters(model):
+        raise ValueError(f"adapter: expected a new name, found {name!r}, which the model has already")
+    if not name or "." in name:
+        raise ValueError(f"adapter: expected a name without dots, found {name!r}")
 
 
 def check_known(model: nn.Module, name: str) -> None:
@@ -72,7 +148,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
     for layer in switched:
         layer.disable()
     try:
-        yield
+        with trained.originals_in_place(model, active_adapters(model) if switched else ()):
+            yield
     finally:
         for layer in switched:
             layer.enable()

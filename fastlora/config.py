@@ -11,6 +11,7 @@ from typing import Any
 
 CONFIG_FILE = "adapter_config.json"
 PEFT_FORMAT = "0.21.2"  # the PEFT release whose file format is written
+BIASES = ("none", "all", "lora_only")
 INITS = (True, False, "gaussian")
 
 
@@ -91,6 +92,8 @@ class LoraConfig:
             raise ValueError(f"lora_dropout: expected 0 <= dropout < 1, found {self.lora_dropout}")
         if self.init_lora_weights not in INITS:
             raise ValueError(f"init_lora_weights: expected one of {INITS}, found {self.init_lora_weights!r}")
+        if self.bias not in BIASES:
+            raise ValueError(f"bias: expected one of {BIASES}, found {self.bias!r}")
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias: expected without use_dora, as in PEFT, found both")
         if self.peft_type != "LORA":
@@ -156,7 +159,8 @@ SUPPORTED = {
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora",
     "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "task_type",
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "megatron_core", "qalora_group_size", "use_dora", "lora_bias",
+    "megatron_core", "qalora_group_size", "use_dora", "lora_bias", "bias", "modules_to_save",
+    "ensure_weight_tying",
 }  # fmt: skip
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
-from .adapters import patched_layers
+from .adapters import check_known, patched_layers, set_adapter
 from .layers import LoraLayer
 
 
-def merge(model: nn.Module) -> nn.Module:
-    """Folds the active adapter into the weights: `W + scale * B A`, int8 again where W is int8.
+def merge(model: nn.Module, adapters: Sequence[str] | None = None) -> nn.Module:
+    """Folds adapters, by default the active ones, into the weights: `W + scale * B A`, int8 again where W is int8.
 
     The weights from before are kept for `unmerge`, so merging takes their memory once more. A model that is
     merged already stays as it is.
@@ -18,8 +20,13 @@ def merge(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: the model is not patched, or a merged weight would not be finite; nothing is merged then.
+        ValueError: the model is not patched, there is no adapter of a name, or a merged weight would not be
+            finite; nothing is merged then.
     """
+    if adapters is not None:
+        for adapter in adapters:
+            check_known(model, adapter)
+        set_adapter(model, adapters)
     todo = {name: layer for name, layer in patched_layers(model).items() if not layer.merged_adapters}
     finished = False
     try:

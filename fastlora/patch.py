@@ -7,16 +7,16 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import ops
-from .adapters import REGISTRY, adapters, check_unmerged, patched_layers, set_adapter
+from . import ops, trained
+from .adapters import ACTIVE, REGISTRY, active_adapters, check_new_name, check_unmerged, patched_layers, set_adapter
 from .config import LoraConfig
 from .layers import LinearLayer, adopt, kind_of
 from .layers.base import Parts
 from .log import logger
 from .quantize import check_quantizable, give_back_to_bitsandbytes, take_over_bitsandbytes
-from .targets import find_targets, output_head, pattern_value
+from .targets import find_targets, output_head, rank_of, scaling_of
 
 _TRAINED_BEFORE = "fastlora_trained_before"
 
@@ -59,7 +59,7 @@ def patch(
     """
     config = _config(r, targets, alpha, dropout, config)
     config, modules = find_targets(model, config)
-    _check(model, modules, quantize, adapter, allow_output_head)
+    _check(model, modules, config, quantize, adapter, allow_output_head)
     initial = {name: _initial_parts(module, name, config) for name, module in modules.items()}
     attach(model, modules, initial, config, adapter, quantize)
     return model
@@ -73,8 +73,14 @@ def attach(
     adapter: str,
     quantize: str | None = None,
     trainable: bool = True,
+    copies: dict[str, Tensor] | None = None,
 ) -> None:
-    """Adds an adapter with given tensors to checked modules, and makes it active."""
+    """Adds an adapter with given tensors to checked modules, and makes it active.
+
+    Args:
+        copies: values for parameters of the model that train with the adapter; others start from the model's.
+    """
+    names = trained.names_to_train(model, config, list(modules))
     _freeze(model)
     take_over_bitsandbytes(model)
     for name, module in modules.items():
@@ -85,6 +91,7 @@ def attach(
         layer.add_adapter(adapter, weights[name], scaling, config.lora_dropout, trainable)
         if config.use_dora and not layer.has_magnitude(adapter):
             layer.add_magnitude(adapter, trainable)
+    trained.add_copies(model, adapter, names, copies or {}, config, trainable)
     model.__dict__.setdefault(REGISTRY, {})[adapter] = config
     set_adapter(model, adapter)
     _log_paths(model, adapter, modules)
@@ -123,13 +130,15 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     Raises:
         ValueError: the model is not patched.
     """
-    for layer in patched_layers(model).values():
+    layers = patched_layers(model)
+    trained.release(model, active_adapters(model), keep=merge)
+    for layer in layers.values():
         layer.release(merge)
-    trained = model.__dict__.pop(_TRAINED_BEFORE)
+    trained_before = model.__dict__.pop(_TRAINED_BEFORE)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
-            parameter.requires_grad_(name in trained)
-    del model.__dict__[REGISTRY]
+            parameter.requires_grad_(name in trained_before)
+    del model.__dict__[REGISTRY], model.__dict__[ACTIVE]
     give_back_to_bitsandbytes(model)
     return model
 
@@ -149,9 +158,15 @@ def _config(r: int, targets: list[str] | str | None, alpha: float | None, dropou
 
 
 def _check(
-    model: nn.Module, modules: dict[str, Any], quantize: str | None, adapter: str, allow_output_head: bool
+    model: nn.Module,
+    modules: dict[str, Any],
+    config: LoraConfig,
+    quantize: str | None,
+    adapter: str,
+    allow_output_head: bool,
 ) -> None:
-    check_new_adapter(model, adapter)
+    check_new_name(model, adapter)
+    check_unmerged(model)
     head = output_head(model)
     if head in modules and not allow_output_head:
         raise ValueError(
@@ -159,25 +174,7 @@ def _check(
             "would leave the adapter untrained without a word; pass allow_output_head=True to adapt it all the same"
         )
     check_quantizable(model, modules, quantize)
-
-
-def check_new_adapter(model: nn.Module, adapter: str) -> None:
-    """Raises ValueError where the model cannot take a new adapter of this name."""
-    if adapter in adapters(model):
-        raise ValueError(f"adapter: expected a new name, found {adapter!r}, which the model has already")
-    if not adapter or "." in adapter:
-        raise ValueError(f"adapter: expected a name without dots, found {adapter!r}")
-    check_unmerged(model)
-
-
-def rank_of(config: LoraConfig, name: str) -> int:
-    """The rank of an adapter at a module."""
-    return pattern_value(config.rank_pattern, name, config.r)
-
-
-def scaling_of(config: LoraConfig, name: str) -> float:
-    """The factor of an adapter's low-rank part at a module."""
-    return config.scaling(rank_of(config, name), pattern_value(config.alpha_pattern, name, config.lora_alpha))
+    trained.names_to_train(model, config, list(modules))
 
 
 def _initial_parts(module: Any, name: str, config: LoraConfig) -> Parts:
@@ -194,6 +191,6 @@ def _freeze(model: nn.Module) -> None:
     """Freezes the model the first time it is patched, and notes what trained."""
     if _TRAINED_BEFORE in model.__dict__:
         return
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    model.__dict__[_TRAINED_BEFORE] = trained
+    trained_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.__dict__[_TRAINED_BEFORE] = trained_before
     model.requires_grad_(False)

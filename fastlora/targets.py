@@ -13,6 +13,7 @@ from torch import nn
 from .architectures import DEFAULT_TARGETS
 from .config import LoraConfig
 from .layers import LinearLayer, kind_of
+from .trained import is_saved
 
 ALL_LINEAR = "all-linear"
 
@@ -42,6 +43,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict
 def matches(config: LoraConfig, name: str) -> bool:
     """Whether a module of this name gets an adapter; `config.target_modules` is a list or a regular expression."""
     targets, excluded = config.target_modules, config.exclude_modules
+    if is_saved(config, name):
+        return False
     if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else _has_suffix(name, excluded)):
         return False
     if targets is None:
@@ -66,6 +69,16 @@ def pattern_value(patterns: dict, name: str, default):
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
+
+
+def rank_of(config: LoraConfig, name: str) -> int:
+    """The rank of an adapter at a module."""
+    return pattern_value(config.rank_pattern, name, config.r)
+
+
+def scaling_of(config: LoraConfig, name: str) -> float:
+    """The factor of an adapter's low-rank part at a module."""
+    return config.scaling(rank_of(config, name), pattern_value(config.alpha_pattern, name, config.lora_alpha))
 
 
 def _explicit_targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str] | str:

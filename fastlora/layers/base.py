@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .mixed import Mix
+
 Parts = dict[str, Tensor]  # the tensors of one adapter in one layer, by the names they have in PEFT's files
 
 
@@ -114,6 +116,15 @@ class LoraLayer(nn.Module):
             TypeError: this kind of layer has no DoRA.
         """
         raise TypeError(f"use_dora: expected linear layers, found {self.original_class.__name__}")
+
+    def mix_adapters(self, mix: Mix | None) -> None:
+        """Gives each row of the batch its own adapter, until called with None.
+
+        Raises:
+            ValueError: one of the adapters cannot be mixed on this layer.
+        """
+        if mix is not None and any(self.has(name) for name in mix.adapters):
+            raise ValueError(f"rows: expected adapters on linear layers, found one on {self.original_class.__name__}")
 
     def delete_adapter(self, name: str) -> None:
         for by_name in self._by_adapter():

@@ -13,6 +13,7 @@ from ..pages import release_pages
 from . import dora
 from .base import LoraLayer, Parts
 from .bitsandbytes import is_linear8bit, restore_linear8bit, take_int8
+from .mixed import Mix
 
 
 class FrozenLinear(LoraLayer):
@@ -68,6 +69,7 @@ class FrozenLinear(LoraLayer):
         return parts | {"lora_B.bias": b.bias.data} if bias else parts
 
     def setup(self) -> None:
+        self.mix: Mix | None = None
         self.register_parameter("weight_scale", None)
         self.register_buffer("weight_squares", None, persistent=False)
         if self.original_class.__name__ == "Linear8bitLt" and (int8 := take_int8(self)) is not None:
@@ -105,6 +107,18 @@ class FrozenLinear(LoraLayer):
     def add_magnitude(self, adapter: str, trainable: bool = True) -> None:
         self.weight_squares = dora.squared_rows(self.frozen_weight, self.weight_scale)
         self.lora_magnitude[adapter] = nn.Parameter(self._row_norm(adapter), requires_grad=trainable)
+
+    def mix_adapters(self, mix: Mix | None) -> None:
+        if mix is None:
+            self.mix = None
+            return
+        here = [name for name in mix.adapters if self.has(name)]
+        for name in here:
+            if name in self.lora_magnitude:
+                raise ValueError(f"rows: expected adapters without DoRA, found {name!r}")
+        # The last element, which -1 picks, stands for no adapter.
+        lookup = torch.tensor([here.index(name) if name in here else -1 for name in (*mix.adapters, None)])
+        self.mix = Mix(tuple(here), lookup[mix.rows.cpu()].to(self.weight.device))
 
     def quantize(self) -> None:
         """Replaces the dense weight by int8 codes and a scale per output feature."""
@@ -185,7 +199,7 @@ class FrozenLinear(LoraLayer):
     def _become_original(self) -> None:
         int8 = self.weight.data, self.weight_scale
         super()._become_original()
-        del self._parameters["weight_scale"], self._buffers["weight_squares"]
+        del self.mix, self._parameters["weight_scale"], self._buffers["weight_squares"]
         self._non_persistent_buffers_set.discard("weight_squares")
         if is_linear8bit(self):
             restore_linear8bit(self, *int8)

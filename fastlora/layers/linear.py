@@ -13,6 +13,7 @@ from .. import ops
 from .bitsandbytes import is_linear8bit
 from .branch import draw_seed, dropout, low_rank
 from .frozen_linear import FrozenLinear
+from .mixed import Mix, add_low_rank, add_rows, stacked
 
 # Subclasses of nn.Linear whose forward differs from it in nothing but the way it is written.
 EQUIVALENT_LINEARS = {"FalconLinear"}
@@ -34,6 +35,8 @@ class LinearLayer(FrozenLinear):
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         running = self.active_adapters if self.adapters_enabled and not self.merged_adapters else ()
+        if self.mix is not None and self.adapters_enabled:
+            return self._mixed(x, bias, self.mix)
         if not running:
             return self._frozen(x, bias)
         if len(running) > 1 or not self._is_plain(running[0]):
@@ -81,6 +84,23 @@ class LinearLayer(FrozenLinear):
             return ops.lora_linear(x, weight, weight_scale * factor, bias, a, b * factor[:, None], scaling)
         y = ops.lora_linear(x, weight, weight_scale, None, a, b, scaling) * factor.to(x.dtype)
         return y if bias is None else y + bias.to(y.dtype)
+
+    def _mixed(self, x: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
+        """Each row of the batch with its own adapter."""
+        y = self._frozen(x, bias)
+        probability = {name: self.lora_dropout[name] if self.training else 0.0 for name in mix.adapters}
+        for p in sorted(set(probability.values())):
+            names = [name for name in mix.adapters if probability[name] == p]
+            lookup = [names.index(name) if name in names else -1 for name in (*mix.adapters, None)]
+            rows = mix.rows if len(names) == len(mix.adapters) else mix.rows.new_tensor(lookup)[mix.rows]
+            a = stacked([self.lora_A[name] for name in names], rank_axis=0)
+            b = stacked([self.scaling[name] * self.lora_B[name] for name in names], rank_axis=1)
+            y = add_low_rank(y, dropout(x, p), rows, a, b)
+        if self._has_bias(mix.adapters):
+            zero = y.new_zeros(y.shape[-1])
+            biases = [self._bias_of((name,)) if name in self.lora_B_bias else zero for name in mix.adapters]
+            y = add_rows(y, mix.rows, torch.stack([zero, *biases]))
+        return y
 
     def _added(self, x: Tensor, adapter: str) -> Tensor:
         """What one adapter adds to the frozen layer's output."""
