@@ -47,7 +47,8 @@ def names_to_train(model: nn.Module, config: LoraConfig, targets: Sequence[str])
             raise ValueError(f"modules_to_save: expected modules of this model with parameters, found {wanted!r}")
     found = list(dict.fromkeys(name for names in ends.values() for name in names))
     if config.bias == "all":
-        found += [name for name in parameters if name.endswith("bias") and name not in found]
+        once = [name for name, _ in model.named_parameters() if ".lora_" not in name]
+        found += [name for name in once if name.endswith("bias") and name not in found]
     elif config.bias == "lora_only":
         found += [f"{target}.bias" for target in targets if f"{target}.bias" in parameters]
     for name in found:
@@ -74,7 +75,7 @@ def add_copies(model: nn.Module, adapter: str, names: Sequence[str], values: dic
         copy = nn.Parameter(value.detach().to(original.device, original.dtype, copy=True), requires_grad=trainable)
         copies[name] = by_original.setdefault(id(original), copy) if config.ensure_weight_tying else copy
     for name, sharing in _sharing(places, names):
-        if config.ensure_weight_tying:
+        if config.ensure_weight_tying or name.endswith("bias"):
             originals.setdefault(sharing, places[sharing])
             copies[sharing] = copies[name]
         else:
@@ -92,8 +93,12 @@ def _sharing(places: dict[str, nn.Parameter], names: Sequence[str]) -> Iterator[
 
 
 def copies_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """An adapter's copies by parameter name."""
-    return model.__dict__.get(_COPIES, {}).get(adapter, {})
+    """An adapter's copies by parameter name; one that stands in several places goes by the first."""
+    first: dict[int, str] = {}
+    copies: dict[str, nn.Parameter] = model.__dict__.get(_COPIES, {}).get(adapter, {})
+    for name, copy in copies.items():
+        first.setdefault(id(copy), name)
+    return {name: copies[name] for name in first.values()}
 
 
 def check_activatable(model: nn.Module, adapters: Sequence[str]) -> None:
@@ -107,7 +112,7 @@ def put_in_place(model: nn.Module, adapters: Sequence[str]) -> None:
     """Puts the adapters' copies in place, and the originals everywhere else."""
     parameters = dict(model.__dict__.get(_ORIGINALS, {}))
     for adapter in adapters:
-        parameters |= copies_of(model, adapter)
+        parameters |= model.__dict__.get(_COPIES, {}).get(adapter, {})
     for name, parameter in parameters.items():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
