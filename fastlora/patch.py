@@ -73,8 +73,9 @@ def attach(
     adapter: str,
     quantize: str | None = None,
     trainable: bool = True,
+    activate: bool = True,
 ) -> None:
-    """Adds an adapter with given weights A `[R, K]` and B `[N, R]` to checked modules, and makes it active."""
+    """Adds an adapter with given weights A `[R, K]` and B `[N, R]` to checked modules; the active one by default."""
     _freeze(model)
     take_over_bitsandbytes(model)
     for name, module in modules.items():
@@ -87,7 +88,8 @@ def attach(
         layer.lora_A[adapter].requires_grad_(trainable)
         layer.lora_B[adapter].requires_grad_(trainable)
     model.__dict__.setdefault(REGISTRY, {})[adapter] = config
-    set_adapter(model, adapter)
+    if activate:
+        set_adapter(model, adapter)
     _log_paths(model, adapter, modules)
 
 

@@ -81,11 +81,11 @@ def _explicit_targets(model: nn.Module, modules: dict[str, nn.Module], config: L
         return default if isinstance(default, str) else list(default)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         head = output_head(model)
-        return _shortest([n for n, m in modules.items() if is_adaptable(m) and n != head], modules)
+        return shortest_targets([n for n, m in modules.items() if is_adaptable(m) and n != head], modules)
     return targets
 
 
-def _shortest(names: list[str], modules: Iterable[str]) -> list[str]:
+def shortest_targets(names: list[str], modules: Iterable[str]) -> list[str]:
     """The last components of `names` where they select just these modules, else the whole names."""
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in names})
     return suffixes if {name for name in modules if _has_suffix(name, suffixes)} == set(names) else sorted(names)

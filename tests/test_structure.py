@@ -17,12 +17,12 @@ OPS = ["dropout_mask", "lora_linear", "lora_linear_backward", "merge_rows", "qua
 # A module imports from its own level or one below it.
 LEVELS = [
     {"fastlora_kernels"},
-    {"fastlora.log", "fastlora.pages"},
+    {"fastlora.log", "fastlora.pages", "fastlora.task_vectors"},
     {"fastlora.ops"},
     {"fastlora.layers"},
     {"fastlora.config", "fastlora.architectures"},
     {"fastlora.targets", "fastlora.adapters", "fastlora.quantize", "fastlora.patch", "fastlora.merge",
-     "fastlora.adapter_io"},
+     "fastlora.adapter_io", "fastlora.combine", "fastlora.recipes", "fastlora.prepare"},
     {"fastlora"},
     {"fastlora.integrations"},
     {"fastlora.quickstart"},
