@@ -16,29 +16,37 @@ from .adapters import (
     set_scale,
     trainable_parameters,
 )
+from .combine import combine
 from .config import LoraConfig
 from .log import configure_from_environment
 from .merge import merge, unmerge
 from .mixing import mixed
 from .patch import patch, unload
+from .prepare import prepare_for_training, undo_prepare
+from .recipes import freeze_a, loraplus_groups
 
 __version__ = "0.1.0"
 configure_from_environment()
 
 __all__ = [
     "LoraConfig",
+    "combine",
     "delete_adapter",
     "disabled",
+    "freeze_a",
     "load",
+    "loraplus_groups",
     "merge",
     "mixed",
     "patch",
+    "prepare_for_training",
     "print_trainable_parameters",
     "rename_adapter",
     "save",
     "set_adapter",
     "set_scale",
     "trainable_parameters",
+    "undo_prepare",
     "unload",
     "unmerge",
 ]

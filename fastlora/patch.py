@@ -74,8 +74,9 @@ def attach(
     quantize: str | None = None,
     trainable: bool = True,
     copies: dict[str, Tensor] | None = None,
+    activate: bool = True,
 ) -> None:
-    """Adds an adapter with given tensors to checked modules, and makes it active.
+    """Adds an adapter with given tensors to checked modules, the active one by default.
 
     Args:
         copies: values for parameters of the model that train with the adapter; others start from the model's.
@@ -93,7 +94,8 @@ def attach(
             layer.add_magnitude(adapter, trainable)
     trained.add_copies(model, adapter, names, copies or {}, config, trainable)
     model.__dict__.setdefault(REGISTRY, {})[adapter] = config
-    set_adapter(model, adapter)
+    if activate:
+        set_adapter(model, adapter)
     _log_paths(model, adapter, modules)
 
 

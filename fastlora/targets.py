@@ -94,7 +94,7 @@ def _explicit_targets(model: nn.Module, modules: dict[str, nn.Module], config: L
         return default if isinstance(default, str) else list(default)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         head = output_head(model)
-        return _shortest([n for n, m in modules.items() if _is_linear(m) and n != head], modules)
+        return shortest_targets([n for n, m in modules.items() if _is_linear(m) and n != head], modules)
     return targets
 
 
@@ -103,7 +103,7 @@ def _is_linear(module: nn.Module) -> bool:
     return kind is not None and issubclass(kind, LinearLayer)
 
 
-def _shortest(names: list[str], modules: Iterable[str]) -> list[str]:
+def shortest_targets(names: list[str], modules: Iterable[str]) -> list[str]:
     """The last components of `names` where they select just these modules, else the whole names."""
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in names})
     return suffixes if {name for name in modules if _has_suffix(name, suffixes)} == set(names) else sorted(names)

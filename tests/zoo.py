@@ -101,7 +101,8 @@ ZOO: dict[str, Architecture] = {
     "gpt2": Architecture("GPT2LMHeadModel", "GPT2Config", COMMON | dict(
         n_embd=32, n_layer=2, n_head=4, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     ), ["c_attn", "c_fc"], text, "ln_f"),
-    "gpt-neox": Architecture("GPTNeoXForCausalLM", "GPTNeoXConfig", ENCODER, ["query_key_value"], text, "final_layer_norm"),
+    "gpt-neox": Architecture("GPTNeoXForCausalLM", "GPTNeoXConfig", ENCODER, ["query_key_value"], text,
+                             "final_layer_norm"),
     "bloom": Architecture("BloomForCausalLM", "BloomConfig", COMMON | dict(
         hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0
     ), ["query_key_value", "dense_h_to_4h"], text, "ln_f"),

@@ -9,9 +9,20 @@ from torch import nn
 
 from .base import LoraLayer, become
 from .bitsandbytes import is_linear8bit
+from .head import Float32Head
 from .linear import LinearLayer, LoraConv1D, LoraLinear
 
-__all__ = ["KINDS", "LinearLayer", "LoraConv1D", "LoraLayer", "LoraLinear", "adopt", "is_linear8bit", "kind_of"]
+__all__ = [
+    "KINDS",
+    "Float32Head",
+    "LinearLayer",
+    "LoraConv1D",
+    "LoraLayer",
+    "LoraLinear",
+    "adopt",
+    "is_linear8bit",
+    "kind_of",
+]
 
 KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraConv1D)
 
