@@ -9,9 +9,9 @@ fastlora.merge(model)
 from .adapter_io import load, save
 from .adapters import disabled, print_trainable_parameters, set_adapter, trainable_parameters
 from .config import LoraConfig
+from .integrations import patch, unload
 from .log import configure_from_environment
 from .merge import merge, unmerge
-from .patch import patch, unload
 
 __version__ = "0.1.0"
 configure_from_environment()

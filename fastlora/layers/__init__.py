@@ -1,6 +1,23 @@
 """Modules that hold a frozen weight and adapters, and call the ops."""
 
 from .bitsandbytes import is_linear8bit
-from .linear import LoraConv1D, LoraLayer, LoraLinear, adopt, is_adaptable
+from .linear import (
+    EQUIVALENT_LINEARS,
+    LoraConv1D,
+    LoraLayer,
+    LoraLinear,
+    adopt,
+    is_adaptable,
+    rebind_hooked_forward,
+)
 
-__all__ = ["LoraConv1D", "LoraLayer", "LoraLinear", "adopt", "is_adaptable", "is_linear8bit"]
+__all__ = [
+    "EQUIVALENT_LINEARS",
+    "LoraConv1D",
+    "LoraLayer",
+    "LoraLinear",
+    "adopt",
+    "is_adaptable",
+    "is_linear8bit",
+    "rebind_hooked_forward",
+]

@@ -168,7 +168,7 @@ class LoraLayer(nn.Module):
         for name in _LAYER_STATE:
             del self.__dict__[name]
         self.__class__ = original
-        _rebind_hooked_forward(self)
+        rebind_hooked_forward(self)
 
     def _frozen_before_merge(self) -> tuple[Tensor, Tensor | None]:
         """The unmerged weight `[N, K]` and its scale."""
@@ -249,7 +249,7 @@ def adopt(module: Any) -> LoraLayer:
     module.lora_A, module.lora_B = nn.ParameterDict(), nn.ParameterDict()
     if int8 is not None:
         module.set_int8(*int8)
-    _rebind_hooked_forward(module)
+    rebind_hooked_forward(module)
     return module
 
 
@@ -259,7 +259,7 @@ def _is_conv1d(module: nn.Module) -> bool:
     return transformers_layers is not None and isinstance(module, transformers_layers.Conv1D)
 
 
-def _rebind_hooked_forward(module: Any) -> None:
+def rebind_hooked_forward(module: Any) -> None:
     """accelerate's device hooks keep the forward they wrap on the instance: make that the class's present one."""
     if "_old_forward" in module.__dict__:
         module._old_forward = types.MethodType(type(module).forward, module)
