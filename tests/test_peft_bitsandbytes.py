@@ -221,18 +221,40 @@ def test_compiles_without_a_graph_break(folder, train):
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 
-def test_a_weight_that_is_not_quantised_yet_is_left_to_peft(calls):
-    base = bitsandbytes.nn.Linear8bitLt(24, 20, has_fp16_weights=False)
+class Doubled8bitLt(bitsandbytes.nn.Linear8bitLt):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def make_8bit_layer(base):
     model = nn.Sequential(base)
     model.is_loaded_in_8bit = True
-    model = fastlora.patch(wrap(model, r=2, target_modules=["0"]))
-    [(_, verdict, reason)] = plan(model)
-    assert (verdict, reason) == ("fallback", "an 8-bit base layer that is not quantised yet")
+    return fastlora.patch(wrap(model, r=2, target_modules=["0"]))
+
+
+def test_a_weight_that_is_not_quantised_yet_is_left_to_peft(calls):
+    model = make_8bit_layer(bitsandbytes.nn.Linear8bitLt(24, 20, has_fp16_weights=False))
+    assert plan(model)[0][1:] == ("fallback", "an 8-bit base layer that is not quantised yet")
     model(torch.randn(3, 24))
     assert not calls
     assert plan(model)[0][1] == "fast"
     assert model(torch.randn(3, 24)).isfinite().all()
     assert len(calls) == 1
+
+
+OTHER_BASES = {
+    "a base layer of class Doubled8bitLt": lambda: Doubled8bitLt(24, 20, has_fp16_weights=False),
+    "an 8-bit base layer that keeps its weight in float16": lambda: bitsandbytes.nn.Linear8bitLt(24, 20),
+}
+
+
+@pytest.mark.parametrize("reason", OTHER_BASES)
+def test_other_bases_are_left_to_peft(reason, calls):
+    model = make_8bit_layer(OTHER_BASES[reason]())
+    for _ in range(2):  # the first call quantises
+        model(torch.randn(3, 24))
+        assert plan(model)[0][1:] == ("fallback", reason)
+    assert not calls
 
 
 def test_four_bits_are_left_to_peft(folder, calls):

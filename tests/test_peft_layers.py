@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accuracy import assert_as_accurate_as_eager
 from test_against_peft import fill, wrap
 from torch import nn
@@ -11,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlora
 from fastlora.integrations.peft import plan
+from fastlora.integrations.peft_layers import obstacle
 
 # transformers renames its checkpointing from release to release; the old names work in all of them.
 pytestmark = pytest.mark.filterwarnings("ignore:(.*gradient_checkpointing.* is deprecated|fan_in_fan_out)")
@@ -119,6 +121,11 @@ def replace_forward(module):
     module.forward = lambda x: torch.ones_like(type(module).forward(module, x))
 
 
+def offload(module):
+    """The weight elsewhere, as accelerate keeps it between the calls of a model that does not fit."""
+    add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", offload=True))
+
+
 class Tagged(torch.Tensor):
     """A subclass that no op knows."""
 
@@ -136,6 +143,7 @@ SLOW = {
     "hooked-base": (lambda: with_base(hook), "hooks on the base layer"),
     "parametrised-base": (lambda: with_base(parametrize), "a base layer of class ParametrizedLinear"),
     "replaced-forward": (lambda: with_base(replace_forward), "hooks on the base layer"),
+    "offloaded-base": (lambda: with_base(offload), "hooks on the base layer"),
     "hooked-adapter": (lambda: with_parts(hook), "hooks on lora_A, lora_B or lora_dropout"),
     "parametrised-adapter": (
         lambda: with_parts(parametrize), "lora_A and lora_B of class ParametrizedLinear and ParametrizedLinear"
@@ -177,8 +185,6 @@ def test_does_not_pass_over_hooks_on_all_modules(calls):
 
 def test_takes_layers_with_hooks_around_them(calls):
     """Those that accelerate puts on a model for several devices, and those of the user on the whole layer."""
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
     twin = make_layer()
     for module in (twin, twin.base_layer):
         add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
@@ -200,6 +206,32 @@ def test_an_input_of_another_dtype_is_the_error_of_peft():
             layer(torch.randn(2, K, dtype=torch.float64))
         messages.append(str(error.value))
     assert messages[0] == messages[1]
+
+
+MOVED = {
+    "device": (dict(device="meta"), "tensors on several devices"),
+    "dtype": (dict(dtype=torch.float8_e4m3fn), "lora_A is in torch.float8_e4m3fn"),
+}
+
+
+def outcome(layer, x):
+    """The error of a call, or the kind of its result."""
+    try:
+        y = layer(x)
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error)
+    return y.device, y.dtype, y.shape
+
+
+@pytest.mark.parametrize(("where", "reason"), MOVED.values(), ids=MOVED.keys())
+def test_an_adapter_that_no_op_takes_is_for_peft(where, reason, calls):
+    ours, twin = pair_of(make_layer())
+    x = torch.randn(2, K)
+    for layer in (ours, twin):
+        layer.lora_A["default"].to(**where)
+    assert obstacle(type(ours), ours, x) == reason
+    assert outcome(ours, x) == outcome(twin, x)
+    assert not calls
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
