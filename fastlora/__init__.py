@@ -18,10 +18,10 @@ from .adapters import (
 )
 from .combine import combine
 from .config import LoraConfig
+from .integrations import patch, unload
 from .log import configure_from_environment
 from .merge import merge, unmerge
 from .mixing import mixed
-from .patch import patch, unload
 from .prepare import prepare_for_training, undo_prepare
 from .recipes import freeze_a, loraplus_groups
 

@@ -39,6 +39,9 @@ def patch(
     A starts Kaiming uniform and B at zero, drawn from torch's generator in PEFT's order, so that one seed gives
     PEFT's adapter. The new adapter becomes the active one.
 
+    A model that has LoRA layers of PEFT, such as a `peft.PeftModel`, is passed alone: it keeps its adapters and its
+    methods, and its layers run on fastlora's ops (`fastlora.integrations.peft`).
+
     Args:
         model: any module tree with `nn.Linear`, transformers `Conv1D` or bitsandbytes `Linear8bitLt` layers.
         r: rank.
@@ -121,6 +124,8 @@ def _warn_of_slow_dtype(dtype: torch.dtype) -> None:
 
 def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     """Takes every adapter off: the modules are of the classes they had before `patch`, and train if they did.
+
+    A model of PEFT is passed alone and keeps its adapters, which run as PEFT runs them again.
 
     Args:
         merge: fold the active adapter into the weights first. A weight that `patch` quantised comes back dense

@@ -31,6 +31,16 @@ def where(room, device) -> str:
     return "cpu" if room.__name__.endswith(".cpu") else device
 
 
+@pytest.fixture
+def calls(monkeypatch) -> list:
+    """The inputs of every `ops.lora_linear` that PEFT's layers call."""
+    from fastlora import ops
+
+    made, op = [], ops.lora_linear
+    monkeypatch.setattr(ops, "lora_linear", lambda *inputs: made.append(inputs) or op(*inputs))
+    return made
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     """One seed per test, and memory from torch.empty that holds NaN, so that an element nobody wrote shows."""

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import LoraLayer, become
+from .base import LoraLayer, become, rebind_hooked_forward
 from .bitsandbytes import is_linear8bit
 from .head import Float32Head
-from .linear import LinearLayer, LoraConv1D, LoraLinear
+from .linear import EQUIVALENT_LINEARS, LinearLayer, LoraConv1D, LoraLinear
 
 __all__ = [
+    "EQUIVALENT_LINEARS",
     "KINDS",
     "Float32Head",
     "LinearLayer",
@@ -22,6 +23,7 @@ __all__ = [
     "adopt",
     "is_linear8bit",
     "kind_of",
+    "rebind_hooked_forward",
 ]
 
 KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraConv1D)
