@@ -18,6 +18,7 @@ from .adapters import (
 )
 from .combine import combine
 from .config import LoraConfig
+from .hotswap import hotswap
 from .integrations import patch, unload
 from .log import configure_from_environment
 from .merge import merge, unmerge
@@ -34,6 +35,7 @@ __all__ = [
     "delete_adapter",
     "disabled",
     "freeze_a",
+    "hotswap",
     "load",
     "loraplus_groups",
     "merge",

@@ -69,7 +69,7 @@ def load(
     folder = Path(path)
     config = LoraConfig.from_folder(folder)
     tensors = read_tensors(folder)
-    modules, weights, copies = _fit(model, config, tensors, folder)
+    modules, weights, copies = fit(model, config, tensors, folder)
     check_quantizable(model, modules, quantize)
     _warn_of_another_base(model, config, folder)
     attach(model, modules, weights, replace(config, inference_mode=not trainable), adapter, quantize, trainable, copies)
@@ -124,7 +124,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: expected a whole safetensors file, found {error}") from None
 
 
-def _fit(
+def fit(
     model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], folder: Path
 ) -> tuple[dict[str, nn.Module], dict[str, Parts], dict[str, Tensor]]:
     """The modules that the tensors belong to, their tensors by part, and those of trained copies, all checked."""

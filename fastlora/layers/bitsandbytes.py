@@ -21,11 +21,11 @@ def is_linear8bit(module: Any) -> bool:
 def take_int8(module: Any) -> tuple[Tensor, Tensor] | None:
     """Codes `[N, K]` and scale `[N]` of a `Linear8bitLt`, whose own references are dropped; None before it quantises.
 
-    They start on the weight and move to the module's state on its first forward.
+    They start on the weight and move to the module's state on its next forward, whatever is there.
     """
     weight, state = module.weight, module.state
-    codes = state.CB if state.CB is not None else weight.CB
-    absmax = state.SCB if state.SCB is not None else weight.SCB
+    codes = weight.CB if weight.CB is not None else state.CB
+    absmax = weight.SCB if weight.SCB is not None else state.SCB
     if absmax is None:
         return None
     state.CB, state.SCB = None, None
