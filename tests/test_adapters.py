@@ -410,3 +410,22 @@ def test_modules_to_save_refuses_what_is_not_there():
             model, config=fastlora.LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"])
         )  # fmt: skip
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_64_adapters_take_their_own_memory_and_no_more():
+    model = make_model("llama")
+    plain = sum(p.nbytes for p in model.parameters())
+    for i in range(64):
+        fastlora.patch(model, r=2, targets=["q_proj", "v_proj"], adapter=f"a{i}")
+    layers = lora_layers(model).values()
+    adapters_alone = 64 * sum(4 * 2 * sum(layer.features(layer)) for layer in layers)
+    assert sum(p.nbytes for p in model.parameters()) == plain + adapters_alone
+    assert len(layers) == 2 * model.config.num_hidden_layers
+    rows = [f"a{i}" for i in range(0, 64, 8)]
+    batch = make_batch(batch=8)
+    fill(model).eval()
+    with torch.no_grad(), fastlora.mixed(model, rows):
+        mixed = model(**batch).logits
+    with torch.no_grad():
+        alone = rows_one_by_one(model, batch, rows)
+    assert (mixed - alone).abs().max() <= 64 * torch.finfo(torch.float32).eps * alone.abs().max()
