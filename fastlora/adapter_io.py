@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from .adapters import adapters, patched_layers
 from .config import CONFIG_FILE, LoraConfig
+from .inits import as_saved, features, initial_for_file, saved_config
 from .layers import LoraConv1D, LoraLayer, is_adaptable
 from .log import logger
-from .patch import attach, check_new_adapter, features
+from .patch import attach, check_new_adapter
 from .quantize import check_quantizable
 from .targets import pattern_value
 
@@ -31,6 +32,9 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
 
     Each file is written under a temporary name, synced and renamed, so what was there survives a failure.
 
+    An adapter whose initialisation changed the frozen weights (PiSSA, OLoRA, CorDA, LoRA-GA) is written for the
+    original ones, with twice the rank, as PEFT does with `path_initial_model_for_weight_conversion`.
+
     Raises:
         ValueError: the model is not patched.
         OSError: the folder cannot be written.
@@ -38,7 +42,9 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     layers = patched_layers(model)
     for adapter, config in adapters(model).items():
         folder = Path(path) if adapter == "default" else Path(path, adapter)
-        _write_folder(folder, adapter_tensors(layers, adapter), _as_peft_records(config, model, layers, adapter))
+        own = {name: layer for name, layer in layers.items() if adapter in layer.lora_A}
+        saved = _as_peft_records(saved_config(config, list(own.values())), model, own)
+        _write_folder(folder, adapter_tensors(own, adapter, config), saved)
 
 
 def load(
@@ -68,12 +74,14 @@ def load(
     tensors = read_tensors(folder)
     modules, weights = _fit(model, config, tensors, folder)
     check_quantizable(model, modules, quantize)
+    initial = initial_for_file(model, modules, config, folder)
     _warn_of_another_base(model, config, folder)
-    attach(model, modules, weights, replace(config, inference_mode=not trainable), adapter, quantize, trainable)
+    config = replace(config, inference_mode=not trainable)
+    attach(model, modules, weights, config, adapter, quantize, trainable, initial)
     return model
 
 
-def _as_peft_records(config: LoraConfig, model: nn.Module, layers: Mapping[str, LoraLayer], adapter: str) -> LoraConfig:
+def _as_peft_records(config: LoraConfig, model: nn.Module, layers: Mapping[str, LoraLayer]) -> LoraConfig:
     """The config with what PEFT's file says of the base model."""
     base = config.base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None)
     origin = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
@@ -81,17 +89,17 @@ def _as_peft_records(config: LoraConfig, model: nn.Module, layers: Mapping[str, 
         config,
         base_model_name_or_path=base or None,  # a model made from a config has the name ""
         auto_mapping=origin if config.task_type is None else None,
-        fan_in_fan_out=any(isinstance(layer, LoraConv1D) and adapter in layer.lora_A for layer in layers.values()),
+        fan_in_fan_out=any(isinstance(layer, LoraConv1D) for layer in layers.values()),
     )
 
 
-def adapter_tensors(layers: Mapping[str, LoraLayer], adapter: str) -> dict[str, Tensor]:
+def adapter_tensors(layers: Mapping[str, LoraLayer], adapter: str, config: LoraConfig) -> dict[str, Tensor]:
     """The tensors of one adapter under PEFT's names."""
     tensors = {}
     for name, layer in layers.items():
-        if adapter in layer.lora_A:
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter].detach().contiguous()
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter].detach().contiguous()
+        a, b = as_saved(layer, adapter, config)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b.contiguous()
     return tensors
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from . import ops
 from .adapters import REGISTRY, adapters, lora_layers, patched_layers, set_adapter
 from .config import LoraConfig
-from .layers import LoraLayer, adopt, is_linear8bit
+from .inits import Initial, initial_adapters, with_found_ranks
+from .layers import adopt, replace_weight
 from .log import logger
 from .quantize import check_quantizable, give_back_to_bitsandbytes, take_over_bitsandbytes
 from .targets import find_targets, output_head, pattern_value
@@ -32,12 +33,17 @@ def patch(
     adapter: str = "default",
     config: Any = None,
     allow_output_head: bool = False,
+    calibration: Any = None,
 ) -> nn.Module:
     """Puts a LoRA adapter on a model's linear layers and freezes everything else.
 
     Each target becomes a layer that computes `W x + bias + alpha / r * B A dropout(x)` (LoRA, Hu et al. 2021).
     A starts Kaiming uniform and B at zero, drawn from torch's generator in PEFT's order, so that one seed gives
-    PEFT's adapter. The new adapter becomes the active one.
+    PEFT's adapter; `config.init_lora_weights` chooses other ways. The new adapter becomes the active one.
+
+    "pissa", "olora", "corda", "lora_ga" and "loftq" change the targets' frozen weights. The original ones stay in
+    memory besides, dense, for `unload` and `disabled`; those of a mapped file cost none. Such an adapter is the only
+    one that the model takes.
 
     Args:
         model: any module tree with `nn.Linear`, transformers `Conv1D` or bitsandbytes `Linear8bitLt` layers.
@@ -50,6 +56,8 @@ def patch(
         adapter: the adapter's name.
         config: a `LoraConfig`, or a `peft.LoraConfig`, in place of r, targets, alpha and dropout.
         allow_output_head: accept the model's output head as a target.
+        calibration: batches of the model's keyword arguments, such as a DataLoader, for the initialisations that look
+            at data: "eva", "corda", and "lora_ga", which needs labels among them. The model runs on them as it is.
 
     Returns:
         The same model.
@@ -60,8 +68,10 @@ def patch(
     config = _config(r, targets, alpha, dropout, config)
     config, modules = find_targets(model, config)
     _check(model, modules, quantize, adapter, allow_output_head)
-    initial = {name: _initial_adapter(module, name, config) for name, module in modules.items()}
-    attach(model, modules, initial, config, adapter, quantize)
+    initial = initial_adapters(model, modules, config, calibration)
+    config, modules = with_found_ranks(config, modules, initial)
+    weights = {name: (start.a, start.b) for name, start in initial.items()}
+    attach(model, modules, weights, config, adapter, quantize, initial=initial)
     return model
 
 
@@ -73,12 +83,19 @@ def attach(
     adapter: str,
     quantize: str | None = None,
     trainable: bool = True,
+    initial: Mapping[str, Initial] | None = None,
 ) -> None:
-    """Adds an adapter with given weights A `[R, K]` and B `[N, R]` to checked modules, and makes it active."""
+    """Adds an adapter with given weights A `[R, K]` and B `[N, R]` to checked modules, and makes it active.
+
+    Where its `initial` form changed the frozen weight, that is replaced first.
+    """
     _freeze(model)
     take_over_bitsandbytes(model)
     for name, module in modules.items():
         layer = adopt(module)
+        start = (initial or {}).get(name)
+        if start is not None and start.weight is not None:
+            replace_weight(layer, start.weight, start.a, start.b)
         if quantize == "int8" and layer.weight_scale is None:
             layer.quantize()
         a, b = weights[name]
@@ -172,31 +189,11 @@ def check_new_adapter(model: nn.Module, adapter: str) -> None:
         raise ValueError(
             "model: expected an unmerged model, found a merged adapter; call fastlora.unmerge(model) first"
         )
-
-
-def _initial_adapter(module: Any, name: str, config: LoraConfig) -> tuple[Tensor, Tensor]:
-    """A `[R, K]` and B `[N, R]` in float32, drawn in PEFT's order from torch's CPU generator."""
-    N, K = features(module)
-    rank = pattern_value(config.rank_pattern, name, config.r)
-    device = "meta" if module.weight.is_meta else "cpu"
-    a = nn.Linear(K, rank, bias=False, device=device).weight.data
-    b = nn.Linear(rank, N, bias=False, device=device).weight.data
-    if config.init_lora_weights == "gaussian":
-        nn.init.normal_(a, std=1 / rank)
-    elif config.init_lora_weights:
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-    if config.init_lora_weights is not False:
-        nn.init.zeros_(b)
-    # PEFT moves a new adapter to the dtype of a dense weight, then back to float32.
-    dtype = module.weight.dtype if module.weight.is_floating_point() else a.dtype
-    return a.to(dtype).float(), b.to(dtype).float()
-
-
-def features(module: Any) -> tuple[int, int]:
-    """out_features and in_features of a target."""
-    if isinstance(module, (nn.Linear, LoraLayer)) or is_linear8bit(module):
-        return module.out_features, module.in_features
-    return module.nf, module.nx
+    if any(layer.original is not None for layer in lora_layers(model).values()):
+        raise ValueError(
+            f"model: expected its original weights, found what the initialisation of {sorted(adapters(model))} left of "
+            "them; save that adapter, unload it and load it again to have it beside others"
+        )
 
 
 def _freeze(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..pages import release_pages
 from .bitsandbytes import is_linear8bit, restore_linear8bit, take_int8
+from .original import Original, original_weight, restore_weight
 
 # Subclasses of nn.Linear whose forward differs from it in nothing but the way it is written.
 EQUIVALENT_LINEARS = {"FalconLinear"}
@@ -35,6 +36,7 @@ class LoraLayer(nn.Module):
         merged_adapter: the adapter folded into `weight`, or None.
         original_class: the module's class before it became a LoRA layer.
         dense_dtype: the dtype of the weight before it was quantised.
+        original: the weight from before an adapter's initialisation changed it, where one did.
     """
 
     in_features: Any
@@ -51,6 +53,7 @@ class LoraLayer(nn.Module):
     merged_adapter: str | None
     original_class: type[nn.Module]
     dense_dtype: torch.dtype
+    original: Original | None
     _before_merge: tuple[nn.Parameter, nn.Parameter | None] | None
 
     @property
@@ -73,8 +76,8 @@ class LoraLayer(nn.Module):
         weight: Tensor = self.frozen_weight
         weight_scale: Tensor | None = self._parameters["weight_scale"]
         adapter = self.active_adapter
-        if self.merged_adapter is not None and not self.adapters_enabled:
-            weight, weight_scale = self._frozen_before_merge()
+        if not self.adapters_enabled:
+            weight, weight_scale = self._frozen_before_merge() if self.original is None else original_weight(self)
         if adapter is None or self.merged_adapter is not None or not self.adapters_enabled:
             if weight_scale is None:
                 return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -148,12 +151,16 @@ class LoraLayer(nn.Module):
 
         A weight that fastlora quantised is dequantised; one that came from bitsandbytes stays int8.
         """
+        if not merge:
+            self.unmerge()
+            restore_weight(self)
         if self.original_class.__name__ == "Linear8bitLt":
-            self.merge() if merge else self.unmerge()
+            if merge:
+                self.merge()
             q, scale = self.weight.data, self.weight_scale
             self._become_original()
             restore_linear8bit(self, q, scale)
-        elif merge or self.merged_adapter is not None or self.weight_scale is not None:
+        elif merge or self.weight_scale is not None:
             weight = self.dense_weight(self.active_adapter if merge else None)
             self._become_original()
             self.weight = nn.Parameter(weight, requires_grad=False)
@@ -189,7 +196,7 @@ class LoraLayer(nn.Module):
 
 _LAYER_STATE = (
     "scaling", "lora_dropout", "active_adapter", "adapters_enabled", "merged_adapter", "original_class",
-    "dense_dtype", "_before_merge",
+    "dense_dtype", "original", "_before_merge",
 )  # fmt: skip
 
 
@@ -241,7 +248,7 @@ def adopt(module: Any) -> LoraLayer:
     dense_dtype = torch.float16 if is_linear8bit(module) else module.weight.dtype
     state: dict[str, Any] = dict(
         scaling={}, lora_dropout={}, active_adapter=None, adapters_enabled=True, merged_adapter=None,
-        original_class=type(module), dense_dtype=dense_dtype, _before_merge=None,
+        original_class=type(module), dense_dtype=dense_dtype, original=None, _before_merge=None,
     )  # fmt: skip
     module.__class__ = LoraConv1D if _is_conv1d(module) else LoraLinear
     module.__dict__.update(state)
