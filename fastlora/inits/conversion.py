@@ -74,4 +74,5 @@ def initial_for_file(model: nn.Module, modules: dict[str, Any], config: LoraConf
         logger.warning("%s: the adapter is right only on the weights that its initialisation, LoRA-GA, left", folder)
     if method == "lora_ga" or not changes_weight(method):
         return {}
-    return initial_adapters(model, modules, config)
+    # A file has them in another order than the model, in which PEFT draws.
+    return initial_adapters(model, {name: m for name, m in model.named_modules() if name in modules}, config)

@@ -35,7 +35,8 @@ def replace_weight(layer: Any, weight: Tensor, a: Tensor, b: Tensor) -> None:
 
     Where the original lies in a mapped file, its pages are given back and it costs no memory.
     """
-    original = Original(layer.weight, layer.weight_scale, a, b)
+    # The adapter that trains may live in the memory of a and b.
+    original = Original(layer.weight, layer.weight_scale, a.clone(), b.clone())
     if layer.weight_scale is None:
         layer.weight = nn.Parameter(layer._stored(weight).contiguous(), requires_grad=False)
     else:
