@@ -74,5 +74,10 @@ def initial_for_file(model: nn.Module, modules: dict[str, Any], config: LoraConf
         logger.warning("%s: the adapter is right only on the weights that its initialisation, LoRA-GA, left", folder)
     if method == "lora_ga" or not changes_weight(method):
         return {}
+    if "_niter_" in str(method):
+        logger.warning(
+            "%s: %r decomposes the weights at random, so they are only near those that the adapter was trained on",
+            folder, method,
+        )  # fmt: skip
     # A file has them in another order than the model, in which PEFT draws.
     return initial_adapters(model, {name: m for name, m in model.named_modules() if name in modules}, config)
