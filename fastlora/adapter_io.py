@@ -62,6 +62,9 @@ def load(
         trainable: whether it trains on; otherwise it is frozen.
         quantize: as in `patch`, for the layers that the adapter is on.
 
+    Where the folder's config names PiSSA, OLoRA or LoftQ, as PEFT writes it, the frozen weights are decomposed or
+    quantised again, as PEFT does, and the original ones are kept as in `patch`.
+
     Returns:
         The same model.
 

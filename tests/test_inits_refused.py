@@ -94,6 +94,19 @@ def test_an_error_on_the_way_leaves_no_trace(method):
     refused(lived_in(), "the disk is gone", config_for(method), RuntimeError, calibration=broken())
 
 
+def test_an_error_after_the_first_draw_leaves_no_trace(monkeypatch):
+    decompose, calls = torch.svd_lowrank, []
+
+    def fails_later(*arguments, **options):
+        calls.append(None)
+        if len(calls) == 3:
+            raise RuntimeError("no convergence")
+        return decompose(*arguments, **options)
+
+    monkeypatch.setattr(torch, "svd_lowrank", fails_later)
+    refused(lived_in(), "no convergence", config_for("pissa_niter_4"), RuntimeError)
+
+
 @pytest.mark.parametrize("method", DATA_DRIVEN)
 def test_calibration_that_does_not_fit(method):
     model, config = lived_in(), config_for(method)

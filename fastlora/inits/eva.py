@@ -129,7 +129,7 @@ def _limits(targets: list[Target], leaders: dict[str, str], rho: float) -> dict[
 def _shares(leaders: dict[str, str], found: dict[str, Components], budget: int) -> dict[str, int]:
     """The ranks by target: one for each of the `budget` components that explain most."""
     owners = [name for name, leader in leaders.items() for _ in found[leader].explained]
-    explained = torch.cat([found[leader].explained for leader in leaders.values()])
+    explained = torch.cat([found[leader].explained.cpu() for leader in leaders.values()])
     counts = Counter(owners[i] for i in explained.argsort(descending=True)[:budget].tolist())
     ranks = {name: counts[name] for name in leaders}
     # Equal inputs explain equal shares: the one whose components are watched gets the higher rank.
