@@ -17,7 +17,7 @@ from fastlora import ops
 from fastlora.adapters import lora_layers
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:(fan_in_fan_out|.*corda.*|.*eva.*|Using Rank-Stabilized|.*[Ff]ull backward hook|.*checkpointing. is)"
+    "ignore:(fan_in_fan_out|.*corda.*|.*eva.*|Using Rank-Stabilized|.*changes the base weights|.*[Ff]ull backward hook|.*checkpointing. is)"
 )
 
 NAMES = ["llama", "gpt2"]

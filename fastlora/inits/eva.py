@@ -29,8 +29,8 @@ def eva(model: nn.Module, targets: list[Target], settings: dict[str, Any], calib
     """A: the first right singular vectors of the target's inputs; B: zero; no adapter for a target that gets rank 0.
 
     The ranks of all targets together stay the same. Each goes to the component that explains the largest share of its
-    inputs' variance, up to `rho` times a target's own rank. The batches are repeated until all components that are
-    needed turn by less than a cosine of `tau` in a step. Targets with the same inputs share one decomposition.
+    inputs' variance, up to `rho` times a target's own rank. The batches are repeated until no component that is
+    needed turns in a step by more than the angle of cosine `tau`. Targets with the same inputs share one decomposition.
 
     Raises:
         ValueError: a target is never called, no batch has as many tokens as components, or they never settle.
