@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import trained
-from .adapters import adapters, check_new_name, check_unmerged, patched_layers
+from .adapters import adapters, check_new_name, check_original_weights, check_unmerged, patched_layers
 from .config import CONFIG_FILE, LoraConfig
+from .inits import as_saved, initial_for_file, saved_config
 from .layers import LoraConv1D, LoraLayer, kind_of
 from .layers.base import Parts
 from .log import logger
@@ -31,6 +32,9 @@ PREFIX = "base_model.model."
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
     """Writes the adapters of a patched model as PEFT does: "default" into `path`, any other into `path/<name>`.
 
+    An adapter whose initialisation changed the frozen weights (PiSSA, OLoRA, CorDA, LoRA-GA) is written for the
+    original ones, with twice the rank, as PEFT does with `path_initial_model_for_weight_conversion`.
+
     Each file is written under a temporary name, synced and renamed, so what was there survives a failure.
 
     Raises:
@@ -40,7 +44,9 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     layers = patched_layers(model)
     for adapter, config in adapters(model).items():
         folder = Path(path) if adapter == "default" else Path(path, adapter)
-        _write_folder(folder, adapter_tensors(model, adapter), _as_peft_records(config, model, layers, adapter))
+        own = {name: layer for name, layer in layers.items() if layer.has(adapter)}
+        saved = _as_peft_records(saved_config(config, list(own.values())), model, own)
+        _write_folder(folder, adapter_tensors(model, own, adapter, config), saved)
 
 
 def load(
@@ -52,6 +58,9 @@ def load(
     quantize: str | None = None,
 ) -> nn.Module:
     """Puts an adapter folder of PEFT's format on a model, patched or not, and makes the adapter active.
+
+    Where the folder's config names PiSSA, OLoRA or LoftQ, as PEFT writes it, the frozen weights are decomposed or
+    quantised again, as PEFT does, and the original ones are kept as in `patch`.
 
     Args:
         adapter: the name that it gets in this model.
@@ -66,17 +75,20 @@ def load(
     """
     check_new_name(model, adapter)
     check_unmerged(model)
+    check_original_weights(model)
     folder = Path(path)
     config = LoraConfig.from_folder(folder)
     tensors = read_tensors(folder)
     modules, weights, copies = fit(model, config, tensors, folder)
     check_quantizable(model, modules, quantize)
     _warn_of_another_base(model, config, folder)
-    attach(model, modules, weights, replace(config, inference_mode=not trainable), adapter, quantize, trainable, copies)
+    initial = initial_for_file(model, modules, config, folder)
+    config = replace(config, inference_mode=not trainable)
+    attach(model, modules, weights, config, adapter, quantize, trainable, copies, initial=initial)
     return model
 
 
-def _as_peft_records(config: LoraConfig, model: nn.Module, layers: Mapping[str, LoraLayer], adapter: str) -> LoraConfig:
+def _as_peft_records(config: LoraConfig, model: nn.Module, layers: Mapping[str, LoraLayer]) -> LoraConfig:
     """The config with what PEFT's file says of the base model."""
     base = config.base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None)
     origin = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
@@ -84,19 +96,21 @@ def _as_peft_records(config: LoraConfig, model: nn.Module, layers: Mapping[str, 
         config,
         base_model_name_or_path=base or None,  # a model made from a config has the name ""
         auto_mapping=origin if config.task_type is None else None,
-        fan_in_fan_out=any(isinstance(layer, LoraConv1D) and layer.has(adapter) for layer in layers.values()),
+        fan_in_fan_out=any(isinstance(layer, LoraConv1D) for layer in layers.values()),
     )
 
 
-def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """The tensors of one adapter under PEFT's names."""
-    tensors, layers = {}, patched_layers(model)
+def adapter_tensors(
+    model: nn.Module, layers: Mapping[str, LoraLayer], adapter: str, config: LoraConfig
+) -> dict[str, Tensor]:
+    """The tensors of one adapter, which the layers have, under PEFT's names."""
+    tensors = {}
     for name, layer in layers.items():
-        for part, parameter in layer.parts(adapter).items():
-            tensors[f"{PREFIX}{name}.{part}"] = parameter.detach().contiguous()
+        for part, tensor in as_saved(layer, adapter, config).items():
+            tensors[f"{PREFIX}{name}.{part}"] = tensor.contiguous()
     for name, copy in trained.copies_of(model, adapter).items():
         path, _, attribute = name.rpartition(".")
-        base = "base_layer." if path in layers and layers[path].has(adapter) else ""
+        base = "base_layer." if path in layers else ""
         tensors[f"{PREFIX}{path}.{base}{attribute}"] = copy.detach().contiguous()
     return tensors
 

@@ -133,6 +133,15 @@ def check_known(model: nn.Module, name: str) -> None:
         raise ValueError(f"adapter: expected one of {sorted(adapters(model))}, found {name!r}")
 
 
+def check_original_weights(model: nn.Module) -> None:
+    """Raises ValueError where an adapter's initialisation changed the frozen weights, so that no other fits them."""
+    if any(getattr(layer, "original", None) is not None for layer in lora_layers(model).values()):
+        raise ValueError(
+            f"model: expected its original weights, found what the initialisation of {sorted(adapters(model))} left of "
+            "them; save that adapter, unload it and load it again to have it beside others"
+        )
+
+
 def check_unmerged(model: nn.Module) -> None:
     """Raises ValueError where an adapter is merged into the model."""
     if any(layer.merged_adapters for layer in lora_layers(model).values()):

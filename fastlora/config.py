@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
@@ -9,10 +10,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from .init_settings import SETTINGS, check_init, check_keys, completed
+from .log import logger
+
 CONFIG_FILE = "adapter_config.json"
 PEFT_FORMAT = "0.21.2"  # the PEFT release whose file format is written
 BIASES = ("none", "all", "lora_only")
-INITS = (True, False, "gaussian")
 
 
 @dataclass
@@ -26,8 +29,11 @@ class LoraConfig:
         exclude_modules: names, suffixes or a regular expression to leave out.
         lora_alpha: the low-rank part is scaled by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
         lora_dropout: probability to drop an element of the low-rank part's input, in [0, 1).
-        init_lora_weights: True (A Kaiming uniform, B zero), "gaussian" (A normal with deviation 1/r, B zero) or
-            False (both random).
+        init_lora_weights: True (A Kaiming uniform, B zero), False (both random), or the name of a method of
+            `fastlora.inits`: "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq", "eva", "corda" or
+            "lora_ga".
+        loftq_config, eva_config, corda_config, lora_ga_config: the settings of the method of that name, as
+            dictionaries; what they leave out gets PEFT's default.
         rank_pattern, alpha_pattern: overrides of r and lora_alpha by regular expression on the end of the name.
         layers_to_transform, layers_pattern: restrict the targets to layers of these indices.
 
@@ -90,8 +96,7 @@ class LoraConfig:
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout: expected 0 <= dropout < 1, found {self.lora_dropout}")
-        if self.init_lora_weights not in INITS:
-            raise ValueError(f"init_lora_weights: expected one of {INITS}, found {self.init_lora_weights!r}")
+        self._check_init()
         if self.bias not in BIASES:
             raise ValueError(f"bias: expected one of {BIASES}, found {self.bias!r}")
         if self.lora_bias and self.use_dora:
@@ -99,6 +104,18 @@ class LoraConfig:
         if self.peft_type != "LORA":
             raise ValueError(f"peft_type: expected 'LORA', found {self.peft_type!r}")
         self._refuse_unsupported()
+
+    def _check_init(self) -> None:
+        check_init(self.init_lora_weights)
+        for method, (name, _) in SETTINGS.items():
+            values = getattr(self, name)
+            if method == self.init_lora_weights:
+                setattr(self, name, completed(method, values))
+            elif values:
+                check_keys(method, values)
+                _warn_of_idle_settings(name, method)
+        if self.use_dora and not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
+            raise ValueError(f"use_dora: expected a plain init_lora_weights, found {self.init_lora_weights!r}")
 
     def _refuse_unsupported(self) -> None:
         for known in fields(self):
@@ -160,8 +177,14 @@ SUPPORTED = {
     "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "task_type",
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "megatron_core", "qalora_group_size", "use_dora", "lora_bias", "bias", "modules_to_save",
+    *(name for name, _ in SETTINGS.values()),
     "ensure_weight_tying",
 }  # fmt: skip
+
+
+@functools.cache
+def _warn_of_idle_settings(name: str, method: str) -> None:
+    logger.warning("%s: has no effect without init_lora_weights=%r", name, method)
 
 
 def _check_rank(name: str, rank: Any) -> None:

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops, trained
-from .adapters import ACTIVE, REGISTRY, active_adapters, check_new_name, check_unmerged, patched_layers, set_adapter
+from .adapters import (
+    ACTIVE,
+    REGISTRY,
+    active_adapters,
+    check_new_name,
+    check_original_weights,
+    check_unmerged,
+    patched_layers,
+    set_adapter,
+)
 from .config import LoraConfig
-from .layers import LinearLayer, adopt, kind_of
+from .inits import PLAIN_INITS, Initial, check_no_calibration, initial_adapters, with_found_ranks
+from .layers import LinearLayer, adopt, kind_of, replace_weight
 from .layers.base import Parts
 from .log import logger
 from .quantize import check_quantizable, give_back_to_bitsandbytes, take_over_bitsandbytes
@@ -32,12 +43,17 @@ def patch(
     adapter: str = "default",
     config: Any = None,
     allow_output_head: bool = False,
+    calibration: Any = None,
 ) -> nn.Module:
     """Puts a LoRA adapter on a model's linear layers and freezes everything else.
 
     Each target becomes a layer that computes `W x + bias + alpha / r * B A dropout(x)` (LoRA, Hu et al. 2021).
     A starts Kaiming uniform and B at zero, drawn from torch's generator in PEFT's order, so that one seed gives
-    PEFT's adapter. The new adapter becomes the active one.
+    PEFT's adapter; `config.init_lora_weights` chooses other ways. The new adapter becomes the active one.
+
+    "pissa", "olora", "corda", "lora_ga" and "loftq" change the targets' frozen weights. The original ones stay in
+    memory besides, dense, for `unload` and `disabled`; those of a mapped file cost none. Such an adapter is the only
+    one that the model takes.
 
     A model that has LoRA layers of PEFT, such as a `peft.PeftModel`, is passed alone: it keeps its adapters and its
     methods, and its layers run on fastlora's ops (`fastlora.integrations.peft`).
@@ -52,6 +68,8 @@ def patch(
         quantize: "int8" stores the targets' frozen weights as int8 with a scale per output feature.
         adapter: the adapter's name.
         config: a `LoraConfig`, or a `peft.LoraConfig`, in place of r, targets, alpha and dropout.
+        calibration: batches of the model's keyword arguments, such as a DataLoader, for the initialisations that look
+            at data: "eva", "corda", and "lora_ga", which needs labels among them. The model runs on them as it is.
         allow_output_head: accept the model's output head as a target.
 
     Returns:
@@ -63,8 +81,15 @@ def patch(
     config = _config(r, targets, alpha, dropout, config)
     config, modules = find_targets(model, config)
     _check(model, modules, config, quantize, adapter, allow_output_head)
-    initial = {name: _initial_parts(module, name, config) for name, module in modules.items()}
-    attach(model, modules, initial, config, adapter, quantize)
+    if config.init_lora_weights in PLAIN_INITS:
+        check_no_calibration(config.init_lora_weights, calibration)
+        initial = None
+        parts = {name: _initial_parts(module, name, config) for name, module in modules.items()}
+    else:
+        initial = initial_adapters(model, modules, config, calibration)
+        config, modules = with_found_ranks(config, modules, initial)
+        parts = {name: start.parts(config.lora_bias) for name, start in initial.items()}
+    attach(model, modules, parts, config, adapter, quantize, initial=initial)
     return model
 
 
@@ -78,10 +103,12 @@ def attach(
     trainable: bool = True,
     copies: dict[str, Tensor] | None = None,
     activate: bool = True,
+    initial: Mapping[str, Initial] | None = None,
 ) -> None:
     """Adds an adapter with given tensors to checked modules, the active one by default.
 
     Args:
+        initial: the adapter's start, where that changed the frozen weight.
         copies: values for parameters of the model that train with the adapter; others start from the model's.
     """
     names = trained.names_to_train(model, config, list(modules))
@@ -89,6 +116,9 @@ def attach(
     take_over_bitsandbytes(model)
     for name, module in modules.items():
         layer = adopt(module)
+        start = (initial or {}).get(name)
+        if start is not None and start.weight is not None:
+            replace_weight(layer, start.weight, start.a, start.b)
         if quantize == "int8" and isinstance(layer, LinearLayer) and layer.weight_scale is None:
             layer.quantize()
         scaling = scaling_of(config, name)
@@ -174,6 +204,7 @@ def _check(
 ) -> None:
     check_new_name(model, adapter)
     check_unmerged(model)
+    check_original_weights(model)
     head = output_head(model)
     if head in modules and not allow_output_head:
         raise ValueError(

@@ -1,5 +1,6 @@
 """Models in bitsandbytes' 8 bits: taken over, trained and given back; and the same quantisation of our own."""
 
+import peft
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
@@ -202,3 +203,48 @@ def test_quantises_a_model_as_bitsandbytes_does(folder):
         assert torch.equal(layer.weight, codes)
         assert torch.equal(layer.weight_scale, absmax / 127)
         assert isinstance(layer, nn.Linear)
+
+
+def test_olora_moves_a_part_of_the_codes_into_the_adapter(folder):
+    """PEFT's codes: the dequantised weight without the adapter, quantised again; `unload` gives back the first ones."""
+    settings = dict(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="olora")
+    wrapped = peft.get_peft_model(load_8bit(folder), peft.LoraConfig(**settings))
+    model = load_8bit(folder)
+    before = {name: codes_and_absmax(module) for name, module in linear8bit(model).items()}
+    fastlora.patch(model, config=fastlora.LoraConfig(**settings))
+    for name in [name for name in before if name.endswith(("q_proj", "v_proj"))]:
+        layer, theirs = model.get_submodule(name), wrapped.base_model.model.get_submodule(name)
+        assert not torch.equal(layer.weight, before[name][0])
+        assert torch.equal(layer.weight, theirs.base_layer.weight.data)
+        # The weight is the one before, up to half a step and the rounding to float16 before it.
+        codes, absmax = (tensor.double() for tensor in before[name])
+        a, b, scale = (
+            p.detach().double() for p in (layer.lora_A["default"], layer.lora_B["default"], layer.weight_scale)
+        )
+        left = codes * absmax[:, None] / 127 - layer.scaling["default"] * b @ a
+        allowed = scale[:, None] / 2 + torch.finfo(torch.float16).eps * left.abs()
+        assert ((left - layer.weight.double() * scale[:, None]).abs() <= allowed).all()
+    fastlora.unload(model)
+    after = {name: codes_and_absmax(module) for name, module in linear8bit(model).items()}
+    assert all(torch.equal(x, y) for name in before for x, y in zip(before[name], after[name], strict=True))
+
+
+@pytest.mark.parametrize("method", ["pissa", "pissa_niter_2", "loftq", "corda", "lora_ga"])
+def test_other_decompositions_refuse_int8(folder, method):
+    model = load_8bit(folder)
+    before = {name: codes_and_absmax(module) for name, module in linear8bit(model).items()}
+    config = fastlora.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=method)
+    with pytest.raises(ValueError, match=f"'{method}' expected a dense weight, found int8 at 'model.layers.0"):
+        fastlora.patch(model, config=config, calibration=[make_batch()] if method in ("corda", "lora_ga") else None)
+    after = {name: codes_and_absmax(module) for name, module in linear8bit(model).items()}
+    assert all(torch.equal(x, y) for name in before for x, y in zip(before[name], after[name], strict=True))
+
+
+def test_eva_looks_at_int8_layers(folder):
+    model = load_8bit(folder)
+    config = fastlora.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="eva", eva_config=dict(rho=1.0))
+    before = logits(model)
+    fastlora.patch(model, config=config, calibration=[make_batch(tokens=16, batch=4)])
+    assert all(layer.lora_A["default"].any() for name, layer in lora_layers(model).items() if name.endswith("q_proj"))
+    reference = make_model("llama").double()
+    assert_as_accurate_as_eager(logits(model), before, logits(reference), "logits")

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from .base import LoraLayer, become, rebind_hooked_forward
-from .bitsandbytes import is_linear8bit
+from .bitsandbytes import is_linear8bit, read_int8
 from .head import Float32Head
 from .linear import EQUIVALENT_LINEARS, LinearLayer, LoraConv1D, LoraLinear
+from .original import replace_weight
 
 __all__ = [
     "EQUIVALENT_LINEARS",
@@ -23,7 +24,9 @@ __all__ = [
     "adopt",
     "is_linear8bit",
     "kind_of",
+    "read_int8",
     "rebind_hooked_forward",
+    "replace_weight",
 ]
 
 KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraConv1D)

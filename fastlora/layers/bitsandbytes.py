@@ -18,8 +18,8 @@ def is_linear8bit(module: Any) -> bool:
     return library is not None and isinstance(module, library.Linear8bitLt) and not module.state.has_fp16_weights
 
 
-def take_int8(module: Any) -> tuple[Tensor, Tensor] | None:
-    """Codes `[N, K]` and scale `[N]` of a `Linear8bitLt`, whose own references are dropped; None before it quantises.
+def read_int8(module: Any) -> tuple[Tensor, Tensor] | None:
+    """Codes `[N, K]` and scale `[N]` of a `Linear8bitLt`; None before it quantises.
 
     They start on the weight and move to the module's state on its next forward, whatever is there.
     """
@@ -28,8 +28,15 @@ def take_int8(module: Any) -> tuple[Tensor, Tensor] | None:
     absmax = weight.SCB if weight.SCB is not None else state.SCB
     if absmax is None:
         return None
-    state.CB, state.SCB = None, None
     return (weight.data if codes is None else codes), absmax.float() / INT8_MAX
+
+
+def take_int8(module: Any) -> tuple[Tensor, Tensor] | None:
+    """What `read_int8` finds; the module's own references to it are dropped."""
+    int8 = read_int8(module)
+    if int8 is not None:
+        module.state.CB, module.state.SCB = None, None
+    return int8
 
 
 def restore_linear8bit(module: Any, q: Tensor, scale: Any) -> None:

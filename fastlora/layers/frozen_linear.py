@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from . import dora
 from .base import LoraLayer, Parts
 from .bitsandbytes import is_linear8bit, restore_linear8bit, take_int8
 from .mixed import Mix
+from .original import Original, restore_weight
 
 
 class FrozenLinear(LoraLayer):
@@ -22,6 +24,7 @@ class FrozenLinear(LoraLayer):
     Attributes:
         weight: the frozen weight; int8 `[N, K]` where `weight_scale` is not None.
         weight_scale: float `[N]` for an int8 weight, else None.
+        original: the weight from before an adapter's initialisation changed it, where one did.
     """
 
     in_features: Any
@@ -70,6 +73,7 @@ class FrozenLinear(LoraLayer):
 
     def setup(self) -> None:
         self.mix: Mix | None = None
+        self.original: Original | None = None
         self.register_parameter("weight_scale", None)
         self.register_buffer("weight_squares", None, persistent=False)
         if self.original_class.__name__ == "Linear8bitLt" and (int8 := take_int8(self)) is not None:
@@ -119,6 +123,25 @@ class FrozenLinear(LoraLayer):
         # The last element, which -1 picks, stands for no adapter.
         lookup = torch.tensor([here.index(name) if name in here else -1 for name in (*mix.adapters, None)])
         self.mix = Mix(tuple(here), lookup[mix.rows.cpu()].to(self.weight.device))
+
+    def delete_adapter(self, name: str) -> None:
+        super().delete_adapter(name)
+        restore_weight(self)  # where an initialisation changed it, there was this adapter alone
+
+    def disable(self) -> None:
+        super().disable()
+        self._exchange_original()
+
+    def enable(self) -> None:
+        self._exchange_original()
+        super().enable()
+
+    def _exchange_original(self) -> None:
+        """Puts the original weight in the place of what an initialisation left of it, or that back."""
+        if self.original is not None:
+            parameters = {"weight": self.original.weight, "weight_scale": self.original.weight_scale}
+            before: dict[str, Any] = self.exchange(parameters)
+            self.original = replace(self.original, **before)
 
     def quantize(self) -> None:
         """Replaces the dense weight by int8 codes and a scale per output feature."""
@@ -187,6 +210,9 @@ class FrozenLinear(LoraLayer):
         A weight that fastlora quantised is dequantised; one that came from bitsandbytes stays int8.
         """
         adapters = (self.merged_adapters or self.active_adapters) if merge else ()
+        if not merge:
+            self.unmerge()
+            restore_weight(self)
         if self.original_class.__name__ == "Linear8bitLt":
             super().release(merge)
             return
@@ -199,7 +225,7 @@ class FrozenLinear(LoraLayer):
     def _become_original(self) -> None:
         int8 = self.weight.data, self.weight_scale
         super()._become_original()
-        del self.mix, self._parameters["weight_scale"], self._buffers["weight_squares"]
+        del self.mix, self.original, self._parameters["weight_scale"], self._buffers["weight_squares"]
         self._non_persistent_buffers_set.discard("weight_squares")
         if is_linear8bit(self):
             restore_linear8bit(self, *int8)
