@@ -14,16 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters import adapters, patched_layers
-from .config import CONFIG_FILE, LoraConfig
-from .layers import LoraConv1D, LoraLayer, kind_of
+from .base_embeddings import replace_embeddings, resized_embeddings, take_embeddings
+from .config import CONFIG_FILE, PREFIX, LoraConfig
+from .layers import ADAPTABLE, LoraConv1D, LoraLayer, kind_of
 from .layers.base import Parts
 from .log import logger
-from .patch import attach, check_new_adapter, rank_of
+from .patch import attach, check_new_adapter, check_settings, rank_of
 from .quantize import check_quantizable
+from .tokens import take_tokens
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
-PREFIX = "base_model.model."
 
 
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -38,7 +39,8 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     layers = patched_layers(model)
     for adapter, config in adapters(model).items():
         folder = Path(path) if adapter == "default" else Path(path, adapter)
-        _write_folder(folder, adapter_tensors(layers, adapter), _as_peft_records(config, model, layers, adapter))
+        config = _as_peft_records(config, model, layers, adapter)
+        _write_folder(folder, adapter_tensors(layers, adapter) | resized_embeddings(model, config), config)
 
 
 def load(
@@ -66,10 +68,13 @@ def load(
     folder = Path(path)
     config = LoraConfig.from_folder(folder)
     tensors = read_tensors(folder)
+    rows = take_tokens(model, config, tensors, folder)
+    embeddings = take_embeddings(model, config, tensors, folder)
     modules, weights = _fit(model, config, tensors, folder)
     check_quantizable(model, modules, quantize)
     _warn_of_another_base(model, config, folder)
-    attach(model, modules, weights, replace(config, inference_mode=not trainable), adapter, quantize, trainable)
+    replace_embeddings(model, embeddings, folder)
+    attach(model, modules, weights | rows, replace(config, inference_mode=not trainable), adapter, quantize, trainable)
     return model
 
 
@@ -141,7 +146,8 @@ def _fit(
 def _check_parts(name: str, module: nn.Module, parts: Parts, config: LoraConfig, folder: Path) -> None:
     kind = kind_of(module)
     if kind is None:
-        raise ValueError(f"{folder}: expected a linear layer at {name!r}, found {type(module).__name__}")
+        raise ValueError(f"{folder}: expected {ADAPTABLE} at {name!r}, found {type(module).__name__}")
+    check_settings(module, name, config)
     shapes = kind.shapes(module, rank_of(config, name))
     optional = {"lora_B.bias": config.lora_bias, "lora_magnitude_vector": config.use_dora}
     wanted = {part for part in shapes if optional.get(part, True)}

@@ -47,8 +47,11 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"adapter: expected each name once, found {list(names)}")
     check_unmerged(model)
-    for layer in lora_layers(model).values():
-        layer.active_adapters = tuple(name for name in names if layer.has(name))
+    chosen = {layer: tuple(name for name in names if layer.has(name)) for layer in lora_layers(model).values()}
+    for layer, active in chosen.items():
+        layer.check_active(active)
+    for layer, active in chosen.items():
+        layer.active_adapters = active
 
 
 def check_known(model: nn.Module, name: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG_FILE = "adapter_config.json"
+PREFIX = "base_model.model."  # of every name in PEFT's files of weights
 PEFT_FORMAT = "0.21.2"  # the PEFT release whose file format is written
 INITS = (True, False, "gaussian")
 
@@ -29,6 +30,7 @@ class LoraConfig:
             False (both random).
         rank_pattern, alpha_pattern: overrides of r and lora_alpha by regular expression on the end of the name.
         layers_to_transform, layers_pattern: restrict the targets to layers of these indices.
+        trainable_token_indices: tokens whose rows of the input embedding train, or tokens by the name of a layer.
 
     Raises:
         ValueError: a value is out of range, or a field is set that fastlora does not support.
@@ -95,6 +97,7 @@ class LoraConfig:
             raise ValueError("lora_bias: expected without use_dora, as in PEFT, found both")
         if self.peft_type != "LORA":
             raise ValueError(f"peft_type: expected 'LORA', found {self.peft_type!r}")
+        _check_tokens(self.trainable_token_indices)
         self._refuse_unsupported()
 
     def _refuse_unsupported(self) -> None:
@@ -156,10 +159,21 @@ SUPPORTED = {
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora",
     "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "task_type",
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "megatron_core", "qalora_group_size", "use_dora", "lora_bias",
+    "megatron_core", "qalora_group_size", "use_dora", "lora_bias", "trainable_token_indices",
 }  # fmt: skip
 
 
 def _check_rank(name: str, rank: Any) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"{name}: expected a whole number of at least 1, found {rank!r}")
+
+
+def _check_tokens(indices: Any) -> None:
+    for tokens in indices.values() if isinstance(indices, dict) else [indices]:
+        if indices is None:
+            return
+        whole = isinstance(tokens, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in tokens)
+        if not whole or not tokens or len(set(tokens)) < len(tokens):
+            raise ValueError(
+                f"trainable_token_indices: expected lists of different whole numbers, at least one, found {indices!r}"
+            )

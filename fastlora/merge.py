@@ -6,6 +6,7 @@ from torch import nn
 
 from .adapters import patched_layers
 from .layers import LoraLayer
+from .ties import check_foldable, tie_config, untie_config
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -18,8 +19,10 @@ def merge(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: the model is not patched, or a merged weight would not be finite; nothing is merged then.
+        ValueError: the model is not patched, an adapter cannot be folded into its layer, or a merged weight would not
+            be finite; nothing is merged then.
     """
+    check_foldable(model)
     todo = {name: layer for name, layer in patched_layers(model).items() if not layer.merged_adapters}
     finished = False
     try:
@@ -30,6 +33,7 @@ def merge(model: nn.Module) -> nn.Module:
         if not finished:
             for layer in todo.values():
                 layer.unmerge()
+    untie_config(model)
     return model
 
 
@@ -48,4 +52,5 @@ def unmerge(model: nn.Module) -> nn.Module:
     """
     for layer in patched_layers(model).values():
         layer.unmerge()
+    tie_config(model)
     return model

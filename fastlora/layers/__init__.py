@@ -9,11 +9,34 @@ from torch import nn
 
 from .base import LoraLayer, become
 from .bitsandbytes import is_linear8bit
+from .conv import LoraConvolution1d, LoraConvolution2d, LoraConvolution3d
+from .embedding import LoraEmbedding
 from .linear import LinearLayer, LoraConv1D, LoraLinear
+from .tokens import TokenLayer, adopt_tokens, token_kind
 
-__all__ = ["KINDS", "LinearLayer", "LoraConv1D", "LoraLayer", "LoraLinear", "adopt", "is_linear8bit", "kind_of"]
+__all__ = [
+    "ADAPTABLE",
+    "KINDS",
+    "LinearLayer",
+    "LoraConv1D",
+    "LoraConvolution1d",
+    "LoraConvolution2d",
+    "LoraConvolution3d",
+    "LoraEmbedding",
+    "LoraLayer",
+    "LoraLinear",
+    "TokenLayer",
+    "adopt",
+    "adopt_tokens",
+    "is_linear8bit",
+    "kind_of",
+    "token_kind",
+]
 
-KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraConv1D)
+KINDS: tuple[type[LoraLayer], ...] = (
+    LoraLinear, LoraConv1D, LoraEmbedding, LoraConvolution1d, LoraConvolution2d, LoraConvolution3d,
+)  # fmt: skip
+ADAPTABLE = "nn.Linear, Conv1D, nn.Embedding or nn.Conv1d, 2d or 3d"  # what the kinds take, in words
 
 
 def kind_of(module: nn.Module) -> type[LoraLayer] | None:

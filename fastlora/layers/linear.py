@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .base import LoraLayer
 from .bitsandbytes import is_linear8bit
 from .branch import draw_seed, dropout, low_rank
 from .frozen_linear import FrozenLinear
@@ -20,6 +21,10 @@ EQUIVALENT_LINEARS = {"FalconLinear"}
 
 class LinearLayer(FrozenLinear):
     """What a linear layer with adapters computes: one plain adapter in the fused op, anything else around it."""
+
+    @classmethod
+    def class_for(cls, original: type[nn.Module]) -> type[LoraLayer]:
+        return cls
 
     def forward(self, x: Tensor) -> Tensor:
         parameters: dict[str, Any] = self._parameters  # nn.Module's attribute lookup costs as much as a small kernel
