@@ -15,18 +15,19 @@ from torch import Tensor, nn
 
 from . import trained
 from .adapters import adapters, check_new_name, check_original_weights, check_unmerged, patched_layers
-from .config import CONFIG_FILE, LoraConfig
+from .base_embeddings import replace_embeddings, resized_embeddings, take_embeddings
+from .config import CONFIG_FILE, PREFIX, LoraConfig
 from .inits import as_saved, initial_for_file, saved_config
-from .layers import LoraConv1D, LoraLayer, kind_of
+from .layers import ADAPTABLE, LoraConv1D, LoraLayer, kind_of
 from .layers.base import Parts
 from .log import logger
-from .patch import attach
+from .patch import attach, check_settings
 from .quantize import check_quantizable
 from .targets import rank_of
+from .tokens import take_tokens
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
-PREFIX = "base_model.model."
 
 
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -46,7 +47,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         folder = Path(path) if adapter == "default" else Path(path, adapter)
         own = {name: layer for name, layer in layers.items() if layer.has(adapter)}
         saved = _as_peft_records(saved_config(config, list(own.values())), model, own)
-        _write_folder(folder, adapter_tensors(model, own, adapter, config), saved)
+        _write_folder(folder, adapter_tensors(model, own, adapter, config) | resized_embeddings(model, saved), saved)
 
 
 def load(
@@ -79,12 +80,15 @@ def load(
     folder = Path(path)
     config = LoraConfig.from_folder(folder)
     tensors = read_tensors(folder)
+    rows = take_tokens(model, config, tensors, folder)
+    embeddings = take_embeddings(model, config, tensors, folder)
     modules, weights, copies = fit(model, config, tensors, folder)
     check_quantizable(model, modules, quantize)
     _warn_of_another_base(model, config, folder)
     initial = initial_for_file(model, modules, config, folder)
     config = replace(config, inference_mode=not trainable)
-    attach(model, modules, weights, config, adapter, quantize, trainable, copies, initial=initial)
+    replace_embeddings(model, embeddings, folder)
+    attach(model, modules, weights | rows, config, adapter, quantize, trainable, copies, initial=initial)
     return model
 
 
@@ -181,7 +185,8 @@ def _check_copies(
 def _check_parts(name: str, module: nn.Module, parts: Parts, config: LoraConfig, folder: Path) -> None:
     kind = kind_of(module)
     if kind is None:
-        raise ValueError(f"{folder}: expected a linear layer at {name!r}, found {type(module).__name__}")
+        raise ValueError(f"{folder}: expected {ADAPTABLE} at {name!r}, found {type(module).__name__}")
+    check_settings(module, name, config)
     shapes = kind.shapes(module, rank_of(config, name))
     optional = {"lora_B.bias": config.lora_bias, "lora_magnitude_vector": config.use_dora}
     wanted = {part for part in shapes if optional.get(part, True)}

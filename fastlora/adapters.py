@@ -58,6 +58,8 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
         raise ValueError(f"adapter: expected each name once, found {list(names)}")
     check_unmerged(model)
     trained.check_activatable(model, names)
+    for layer in lora_layers(model).values():
+        layer.check_active(tuple(name for name in names if layer.has(name)))
     _activate(model, names)
 
 

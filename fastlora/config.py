@@ -14,6 +14,7 @@ from .init_settings import SETTINGS, check_init, check_keys, completed
 from .log import logger
 
 CONFIG_FILE = "adapter_config.json"
+PREFIX = "base_model.model."  # of every name in PEFT's files of weights
 PEFT_FORMAT = "0.21.2"  # the PEFT release whose file format is written
 BIASES = ("none", "all", "lora_only")
 
@@ -36,6 +37,8 @@ class LoraConfig:
             dictionaries; what they leave out gets PEFT's default.
         rank_pattern, alpha_pattern: overrides of r and lora_alpha by regular expression on the end of the name.
         layers_to_transform, layers_pattern: restrict the targets to layers of these indices.
+
+        trainable_token_indices: tokens whose rows of the input embedding train, or tokens by the name of a layer.
 
     Raises:
         ValueError: a value is out of range, or a field is set that fastlora does not support.
@@ -97,6 +100,7 @@ class LoraConfig:
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout: expected 0 <= dropout < 1, found {self.lora_dropout}")
         self._check_init()
+        _check_tokens(self.trainable_token_indices)
         if self.bias not in BIASES:
             raise ValueError(f"bias: expected one of {BIASES}, found {self.bias!r}")
         if self.lora_bias and self.use_dora:
@@ -176,7 +180,7 @@ SUPPORTED = {
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora",
     "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "task_type",
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "megatron_core", "qalora_group_size", "use_dora", "lora_bias", "bias", "modules_to_save",
+    "megatron_core", "qalora_group_size", "use_dora", "lora_bias", "trainable_token_indices", "bias", "modules_to_save",
     *(name for name, _ in SETTINGS.values()),
     "ensure_weight_tying",
 }  # fmt: skip
@@ -190,3 +194,14 @@ def _warn_of_idle_settings(name: str, method: str) -> None:
 def _check_rank(name: str, rank: Any) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"{name}: expected a whole number of at least 1, found {rank!r}")
+
+
+def _check_tokens(indices: Any) -> None:
+    for tokens in indices.values() if isinstance(indices, dict) else [indices]:
+        if indices is None:
+            return
+        whole = isinstance(tokens, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in tokens)
+        if not whole or not tokens or len(set(tokens)) < len(tokens):
+            raise ValueError(
+                f"trainable_token_indices: expected lists of different whole numbers, at least one, found {indices!r}"
+            )

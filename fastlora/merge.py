@@ -8,6 +8,7 @@ from torch import nn
 
 from .adapters import check_known, patched_layers, set_adapter
 from .layers import LoraLayer
+from .ties import check_foldable, tie_config, untie_config
 
 
 def merge(model: nn.Module, adapters: Sequence[str] | None = None) -> nn.Module:
@@ -20,13 +21,14 @@ def merge(model: nn.Module, adapters: Sequence[str] | None = None) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: the model is not patched, there is no adapter of a name, or a merged weight would not be
-            finite; nothing is merged then.
+        ValueError: the model is not patched, there is no adapter of a name, an adapter cannot be
+            folded into its layer, or a merged weight would not be finite; nothing is merged then.
     """
     if adapters is not None:
         for adapter in adapters:
             check_known(model, adapter)
         set_adapter(model, adapters)
+    check_foldable(model)
     todo = {name: layer for name, layer in patched_layers(model).items() if not layer.merged_adapters}
     finished = False
     try:
@@ -37,6 +39,7 @@ def merge(model: nn.Module, adapters: Sequence[str] | None = None) -> nn.Module:
         if not finished:
             for layer in todo.values():
                 layer.unmerge()
+    untie_config(model)
     return model
 
 
@@ -55,4 +58,5 @@ def unmerge(model: nn.Module) -> nn.Module:
     """
     for layer in patched_layers(model).values():
         layer.unmerge()
+    tie_config(model)
     return model

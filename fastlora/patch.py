@@ -21,6 +21,7 @@ from .adapters import (
     patched_layers,
     set_adapter,
 )
+from .base_embeddings import give_embeddings_back, keep_embeddings
 from .config import LoraConfig
 from .inits import PLAIN_INITS, Initial, check_no_calibration, initial_adapters, with_found_ranks
 from .layers import LinearLayer, adopt, kind_of, replace_weight
@@ -28,6 +29,8 @@ from .layers.base import Parts
 from .log import logger
 from .quantize import check_quantizable, give_back_to_bitsandbytes, take_over_bitsandbytes
 from .targets import find_targets, output_head, rank_of, scaling_of
+from .ties import check_foldable, tie_config, untie_config
+from .tokens import attach_tokens, find_tokens, initial_rows
 
 _TRAINED_BEFORE = "fastlora_trained_before"
 
@@ -45,7 +48,7 @@ def patch(
     allow_output_head: bool = False,
     calibration: Any = None,
 ) -> nn.Module:
-    """Puts a LoRA adapter on a model's linear layers and freezes everything else.
+    """Puts a LoRA adapter on a model's layers and freezes everything else.
 
     Each target becomes a layer that computes `W x + bias + alpha / r * B A dropout(x)` (LoRA, Hu et al. 2021).
     A starts Kaiming uniform and B at zero, drawn from torch's generator in PEFT's order, so that one seed gives
@@ -59,13 +62,14 @@ def patch(
     methods, and its layers run on fastlora's ops (`fastlora.integrations.peft`).
 
     Args:
-        model: any module tree with `nn.Linear`, transformers `Conv1D` or bitsandbytes `Linear8bitLt` layers.
+        model: any module tree with `nn.Linear`, `nn.Embedding`, `nn.Conv1d`, `2d` or `3d`, transformers `Conv1D` or
+            bitsandbytes `Linear8bitLt` layers.
         r: rank.
         targets: a list of names or dotted suffixes, one regular expression for whole names, "all-linear", or None
             for the architecture's default.
         alpha: the low-rank part is scaled by alpha / r; None means r.
         dropout: probability to drop an element of the low-rank part's input while training.
-        quantize: "int8" stores the targets' frozen weights as int8 with a scale per output feature.
+        quantize: "int8" stores the frozen weights of linear targets as int8 with a scale per output feature.
         adapter: the adapter's name.
         config: a `LoraConfig`, or a `peft.LoraConfig`, in place of r, targets, alpha and dropout.
         calibration: batches of the model's keyword arguments, such as a DataLoader, for the initialisations that look
@@ -81,6 +85,9 @@ def patch(
     config = _config(r, targets, alpha, dropout, config)
     config, modules = find_targets(model, config)
     _check(model, modules, config, quantize, adapter, allow_output_head)
+    for name, module in modules.items():
+        check_settings(module, name, config)
+    tokens = find_tokens(model, config, modules)
     if config.init_lora_weights in PLAIN_INITS:
         check_no_calibration(config.init_lora_weights, calibration)
         initial = None
@@ -89,6 +96,7 @@ def patch(
         initial = initial_adapters(model, modules, config, calibration)
         config, modules = with_found_ranks(config, modules, initial)
         parts = {name: start.parts(config.lora_bias) for name, start in initial.items()}
+    parts |= initial_rows(model, tokens)
     attach(model, modules, parts, config, adapter, quantize, initial=initial)
     return model
 
@@ -125,6 +133,7 @@ def attach(
         layer.add_adapter(adapter, weights[name], scaling, config.lora_dropout, trainable)
         if config.use_dora and not layer.has_magnitude(adapter):
             layer.add_magnitude(adapter, trainable)
+    attach_tokens(model, config, weights, adapter, trainable)
     trained.add_copies(model, adapter, names, copies or {}, config, trainable)
     model.__dict__.setdefault(REGISTRY, {})[adapter] = config
     if activate:
@@ -135,7 +144,9 @@ def attach(
 def _log_paths(model: nn.Module, adapter: str, modules: dict[str, Any]) -> None:
     """Says which implementation computes the new adapter's layers."""
     kinds = Counter(
-        (layer.weight.device, layer.dense_dtype, layer.weight_scale is not None) for layer in modules.values()
+        (layer.weight.device, layer.dense_dtype, layer.weight_scale is not None)
+        for layer in modules.values()
+        if isinstance(layer, LinearLayer)
     )
     for (device, dtype, int8), count in kinds.items():
         weights = f"{str(dtype).removeprefix('torch.')}{' stored as int8' if int8 else ''}"
@@ -165,8 +176,10 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or an adapter cannot be folded into its layer; nothing changes then.
     """
+    if merge:
+        check_foldable(model)
     layers = patched_layers(model)
     trained.release(model, active_adapters(model), keep=merge)
     for layer in layers.values():
@@ -176,6 +189,12 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
         if parameter.is_floating_point():
             parameter.requires_grad_(name in trained_before)
     del model.__dict__[REGISTRY], model.__dict__[ACTIVE]
+    if merge:
+        untie_config(model, for_good=True)
+        keep_embeddings(model)
+    else:
+        tie_config(model)
+        give_embeddings_back(model)
     give_back_to_bitsandbytes(model)
     return model
 
@@ -215,6 +234,13 @@ def _check(
     trained.names_to_train(model, config, list(modules))
 
 
+def check_settings(module: nn.Module, name: str, config: LoraConfig) -> None:
+    """Raises ValueError where a module that can be adapted cannot get an adapter of these settings."""
+    kind = kind_of(module)
+    assert kind is not None, "callers let no other module through"
+    kind.check(module, name, rank_of(config, name), config.use_dora, config.lora_bias)
+
+
 def _initial_parts(module: Any, name: str, config: LoraConfig) -> Parts:
     """The tensors of a new adapter in float32, drawn in PEFT's order from torch's CPU generator."""
     kind = kind_of(module)
@@ -229,6 +255,7 @@ def _freeze(model: nn.Module) -> None:
     """Freezes the model the first time it is patched, and notes what trained."""
     if _TRAINED_BEFORE in model.__dict__:
         return
-    trained_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    named = model.named_parameters(remove_duplicate=False)  # merging may separate those that are tied
+    trained_before = {name for name, parameter in named if parameter.requires_grad}
     model.__dict__[_TRAINED_BEFORE] = trained_before
     model.requires_grad_(False)

@@ -12,7 +12,7 @@ from torch import nn
 
 from .architectures import DEFAULT_TARGETS
 from .config import LoraConfig
-from .layers import LinearLayer, kind_of
+from .layers import ADAPTABLE, LinearLayer, kind_of
 from .trained import is_saved
 
 ALL_LINEAR = "all-linear"
@@ -34,7 +34,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict
     for name, module in selected.items():
         if name not in adaptable:
             raise TypeError(
-                f"targets: expected nn.Linear or Conv1D, found {type(module).__name__} at {name!r}; "
+                f"targets: expected {ADAPTABLE}, found {type(module).__name__} at {name!r}; "
                 "leave it out with exclude_modules"
             )
     return config, adaptable
@@ -136,4 +136,4 @@ def _nothing_found(config: LoraConfig, modules: dict[str, nn.Module]) -> str:
         hit for target in wanted for hit in difflib.get_close_matches(target.rsplit(".", 1)[-1], existing, cutoff=0.5)
     ]
     names = ", ".join(dict.fromkeys(near)) if near else ", ".join(existing)
-    return f"targets: expected names of linear layers, found none for {config.target_modules!r}; nearest: {names}"
+    return f"targets: expected names of adaptable layers, found none for {config.target_modules!r}; nearest: {names}"

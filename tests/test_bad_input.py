@@ -46,7 +46,7 @@ def llama():
 
 PATCHES = {
     "no such target": (dict(targets=["q_prj"]), "found none for .*nearest: q_proj"),
-    "no match at all": (dict(targets=["xyzzy"]), "nearest: down_proj, gate_proj, k_proj"),
+    "no match at all": (dict(targets=["xyzzy"]), "nearest: down_proj, embed_tokens, gate_proj, k_proj"),
     "regex without match": (dict(targets=r".*\.query"), "found none"),
     "all excluded": (
         dict(config=fastlora.LoraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"])),
@@ -70,8 +70,9 @@ def test_patch_refuses(llama, arguments, message):
 
 
 def test_patch_refuses_target_of_another_kind(llama):
-    call = lambda: fastlora.patch(llama, targets=["embed_tokens"])  # noqa: E731
-    refused(llama, "expected nn.Linear or Conv1D, found Embedding at 'model.embed_tokens'", call, TypeError)
+    call = lambda: fastlora.patch(llama, targets=["post_attention_layernorm"])  # noqa: E731
+    message = r"expected nn.Linear, .* found LlamaRMSNorm at 'model.layers.0.post_attention_layernorm'"
+    refused(llama, message, call, TypeError)
 
 
 def test_patch_refuses_config_of_another_kind(llama):

@@ -9,27 +9,41 @@ from torch import nn
 
 from .base import LoraLayer, become, rebind_hooked_forward
 from .bitsandbytes import is_linear8bit, read_int8
+from .conv import LoraConvolution1d, LoraConvolution2d, LoraConvolution3d
+from .embedding import LoraEmbedding
 from .head import Float32Head
 from .linear import EQUIVALENT_LINEARS, LinearLayer, LoraConv1D, LoraLinear
 from .original import replace_weight
+from .tokens import TokenLayer, adopt_tokens, token_kind
 
 __all__ = [
+    "ADAPTABLE",
     "EQUIVALENT_LINEARS",
     "KINDS",
     "Float32Head",
     "LinearLayer",
     "LoraConv1D",
+    "LoraConvolution1d",
+    "LoraConvolution2d",
+    "LoraConvolution3d",
+    "LoraEmbedding",
     "LoraLayer",
     "LoraLinear",
+    "TokenLayer",
     "adopt",
+    "adopt_tokens",
     "is_linear8bit",
     "kind_of",
     "read_int8",
     "rebind_hooked_forward",
     "replace_weight",
+    "token_kind",
 ]
 
-KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraConv1D)
+KINDS: tuple[type[LoraLayer], ...] = (
+    LoraLinear, LoraConv1D, LoraEmbedding, LoraConvolution1d, LoraConvolution2d, LoraConvolution3d,
+)  # fmt: skip
+ADAPTABLE = "nn.Linear, Conv1D, nn.Embedding or nn.Conv1d, 2d or 3d"  # what the kinds take, in words
 
 
 def kind_of(module: nn.Module) -> type[LoraLayer] | None:

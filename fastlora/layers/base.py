@@ -70,6 +70,10 @@ class LoraLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def check(cls, module: Any, name: str, rank: int, dora: bool, bias: bool) -> None:
+        """Raises ValueError where an adapter of these settings cannot go on the module of this name."""
+
+    @classmethod
     def draw(cls, module: Any, rank: int, init: bool | str, bias: bool) -> Parts:
         """The initial tensors of an adapter, drawn in PEFT's order from torch's CPU generator.
 
@@ -85,6 +89,12 @@ class LoraLayer(nn.Module):
     def folded(self, adapters: tuple[str, ...]) -> dict[str, nn.Parameter | None]:
         """The layer's own parameters with adapters folded in, by name."""
         raise NotImplementedError
+
+    def check_active(self, adapters: tuple[str, ...]) -> None:
+        """Raises ValueError where adapters cannot be active at once."""
+
+    def check_fold(self, adapters: tuple[str, ...]) -> None:
+        """Raises ValueError where adapters cannot be folded into the layer's parameters."""
 
     def has(self, adapter: str) -> bool:
         return adapter in self.lora_A
@@ -146,11 +156,12 @@ class LoraLayer(nn.Module):
         """Folds adapters, by default the active ones, into the weights; what was there is kept, so `unmerge` is exact.
 
         Raises:
-            ValueError: a merged weight is not finite.
+            ValueError: a merged weight is not finite, or the adapters cannot be folded.
         """
         names = tuple(name for name in (self.active_adapters if adapters is None else adapters) if self.has(name))
         if not names or self.merged_adapters:
             return
+        self.check_fold(names)
         folded = self.folded(names)
         for name, parameter in folded.items():
             if parameter is not None and parameter.is_floating_point() and not torch.isfinite(parameter).all():

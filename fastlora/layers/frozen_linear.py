@@ -14,7 +14,6 @@ from ..pages import release_pages
 from . import dora
 from .base import LoraLayer, Parts
 from .bitsandbytes import is_linear8bit, restore_linear8bit, take_int8
-from .mixed import Mix
 from .original import Original, restore_weight
 
 
@@ -52,15 +51,16 @@ class FrozenLinear(LoraLayer):
         }  # fmt: skip
 
     @classmethod
-    def class_for(cls, original: type[nn.Module]) -> type[LoraLayer]:
-        return cls
+    def new_modules(cls, module: Any, rank: int, bias: bool, device: str) -> tuple[Any, Any]:
+        """Modules with weights of the shapes of A and B, made in PEFT's order; `bias` is for B."""
+        N, K = cls.features(module)
+        a = nn.Linear(K, rank, bias=False, device=device)
+        return a, nn.Linear(rank, N, bias=bias, device=device)
 
     @classmethod
     def draw(cls, module: Any, rank: int, init: bool | str, bias: bool) -> Parts:
-        N, K = cls.features(module)
-        device = "meta" if module.weight.is_meta else "cpu"
-        a = nn.Linear(K, rank, bias=False, device=device).weight.data
-        b = nn.Linear(rank, N, bias=bias, device=device)
+        made, b = cls.new_modules(module, rank, bias, "meta" if module.weight.is_meta else "cpu")
+        a = made.weight.data
         if init == "gaussian":
             nn.init.normal_(a, std=1 / rank)
         elif init:
@@ -72,7 +72,6 @@ class FrozenLinear(LoraLayer):
         return parts | {"lora_B.bias": b.bias.data} if bias else parts
 
     def setup(self) -> None:
-        self.mix: Mix | None = None
         self.original: Original | None = None
         self.register_parameter("weight_scale", None)
         self.register_buffer("weight_squares", None, persistent=False)
@@ -81,10 +80,10 @@ class FrozenLinear(LoraLayer):
 
     def _row_factor(self, adapter: str) -> Tensor:
         """DoRA's `m / ||W + s B A||`, float32 `[N]`."""
-        return self.lora_magnitude[adapter] / self._row_norm(adapter)
+        return self.lora_magnitude[adapter].flatten() / self._row_norm(adapter)
 
     def _row_norm(self, adapter: str) -> Tensor:
-        a, b = self.lora_A[adapter], self.lora_B[adapter]
+        a, b = self._matrices(adapter)
         return dora.row_norm(
             self.weight_squares, self.frozen_weight, self.weight_scale, a, b, self.scaling[adapter]
         )  # fmt: skip
@@ -97,10 +96,15 @@ class FrozenLinear(LoraLayer):
         with_bias = [adapter for adapter in adapters if adapter in self.lora_B_bias]
         return torch.stack([self.scaling[adapter] * self.lora_B_bias[adapter] for adapter in with_bias]).sum(dim=0)
 
+    def _matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """A and B of an adapter as `[R, K]` and `[N, R]`."""
+        return self.lora_A[adapter], self.lora_B[adapter]
+
     def _stacked(self, adapters: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """A and B of adapters as those of one adapter with scaling 1."""
-        a = torch.cat([self.lora_A[adapter] for adapter in adapters])
-        b = torch.cat([self.scaling[adapter] * self.lora_B[adapter] for adapter in adapters], dim=1)
+        matrices = {adapter: self._matrices(adapter) for adapter in adapters}
+        a = torch.cat([a for a, _ in matrices.values()])
+        b = torch.cat([self.scaling[adapter] * b for adapter, (_, b) in matrices.items()], dim=1)
         return a, b
 
     def add_adapter(self, name: str, parts: Parts, scaling: float, dropout: float, trainable: bool = True) -> None:
@@ -110,19 +114,8 @@ class FrozenLinear(LoraLayer):
 
     def add_magnitude(self, adapter: str, trainable: bool = True) -> None:
         self.weight_squares = dora.squared_rows(self.frozen_weight, self.weight_scale)
-        self.lora_magnitude[adapter] = nn.Parameter(self._row_norm(adapter), requires_grad=trainable)
-
-    def mix_adapters(self, mix: Mix | None) -> None:
-        if mix is None:
-            self.mix = None
-            return
-        here = [name for name in mix.adapters if self.has(name)]
-        for name in here:
-            if name in self.lora_magnitude:
-                raise ValueError(f"rows: expected adapters without DoRA, found {name!r}")
-        # The last element, which -1 picks, stands for no adapter.
-        lookup = torch.tensor([here.index(name) if name in here else -1 for name in (*mix.adapters, None)])
-        self.mix = Mix(tuple(here), lookup[mix.rows.cpu()].to(self.weight.device))
+        magnitude = self._row_norm(adapter).view(self.shapes(self, 1)["lora_magnitude_vector"])
+        self.lora_magnitude[adapter] = nn.Parameter(magnitude, requires_grad=trainable)
 
     def delete_adapter(self, name: str) -> None:
         super().delete_adapter(name)
@@ -180,13 +173,13 @@ class FrozenLinear(LoraLayer):
         """
         factors = {adapter: self._row_factor(adapter) for adapter in adapters if adapter in self.lora_magnitude}
         if len(adapters) == 1 and not factors:
-            a, b = self.lora_A[adapters[0]].detach(), self.lora_B[adapters[0]].detach()
+            a, b = (tensor.detach() for tensor in self._matrices(adapters[0]))
             return ops.merge_rows(w, w_scale, a, b, self.scaling[adapters[0]])
         a, b = (tensor.detach() for tensor in self._stacked(adapters))
         if not factors:
             return ops.merge_rows(w, w_scale, a, b, 1.0)
         b = torch.cat([
-            self.scaling[adapter] * self.lora_B[adapter] * factors.get(adapter, b.new_ones(1))[:, None]
+            self.scaling[adapter] * self._matrices(adapter)[1] * factors.get(adapter, b.new_ones(1))[:, None]
             for adapter in adapters
         ], dim=1)  # fmt: skip
         rows = 1 + torch.stack([factor - 1 for factor in factors.values()]).sum(dim=0)
@@ -225,7 +218,7 @@ class FrozenLinear(LoraLayer):
     def _become_original(self) -> None:
         int8 = self.weight.data, self.weight_scale
         super()._become_original()
-        del self.mix, self.original, self._parameters["weight_scale"], self._buffers["weight_squares"]
+        del self.original, self._parameters["weight_scale"], self._buffers["weight_squares"]
         self._non_persistent_buffers_set.discard("weight_squares")
         if is_linear8bit(self):
             restore_linear8bit(self, *int8)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .base import LoraLayer
 from .bitsandbytes import is_linear8bit
 from .branch import draw_seed, dropout, low_rank
 from .frozen_linear import FrozenLinear
@@ -21,6 +22,24 @@ EQUIVALENT_LINEARS = {"FalconLinear"}
 
 class LinearLayer(FrozenLinear):
     """What a linear layer with adapters computes: one plain adapter in the fused op, anything else around it."""
+
+    @classmethod
+    def class_for(cls, original: type[nn.Module]) -> type[LoraLayer]:
+        return cls
+
+    mix: Mix | None = None
+
+    def mix_adapters(self, mix: Mix | None) -> None:
+        if mix is None:
+            self.__dict__.pop("mix", None)
+            return
+        here = [name for name in mix.adapters if self.has(name)]
+        for name in here:
+            if name in self.lora_magnitude:
+                raise ValueError(f"rows: expected adapters without DoRA, found {name!r}")
+        # The last element, which -1 picks, stands for no adapter.
+        lookup = torch.tensor([here.index(name) if name in here else -1 for name in (*mix.adapters, None)])
+        self.mix = Mix(tuple(here), lookup[mix.rows.cpu()].to(self.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         parameters: dict[str, Any] = self._parameters  # nn.Module's attribute lookup costs as much as a small kernel
