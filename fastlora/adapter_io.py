@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,8 +19,10 @@ from .config import CONFIG_FILE, LoraConfig
 from .layers import LoraConv1D, LoraLayer, kind_of
 from .layers.base import Parts
 from .log import logger
+from .parameters import places_in_files
 from .patch import attach, check_new_adapter, rank_of
 from .quantize import check_quantizable
+from .targets import check_settings
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -67,6 +70,7 @@ def load(
     config = LoraConfig.from_folder(folder)
     tensors = read_tensors(folder)
     modules, weights = _fit(model, config, tensors, folder)
+    check_settings(modules, config if trainable else replace(config, lora_dropout=0.0))
     check_quantizable(model, modules, quantize)
     _warn_of_another_base(model, config, folder)
     attach(model, modules, weights, replace(config, inference_mode=not trainable), adapter, quantize, trainable)
@@ -90,7 +94,7 @@ def adapter_tensors(layers: Mapping[str, LoraLayer], adapter: str) -> dict[str, 
     tensors = {}
     for name, layer in layers.items():
         for part, parameter in layer.parts(adapter).items():
-            tensors[f"{PREFIX}{name}.{part}"] = parameter.detach().contiguous()
+            tensors[f"{PREFIX}{layer.name_in_files(name, adapter)}.{part}"] = parameter.detach().contiguous()
     return tensors
 
 
@@ -119,26 +123,29 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _fit(
     model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], folder: Path
-) -> tuple[dict[str, nn.Module], dict[str, Parts]]:
+) -> tuple[dict[str, Any], dict[str, Parts]]:
     """The modules that the tensors belong to, and their tensors by part, after every check."""
-    parts: dict[str, dict[str, Tensor]] = {}
+    places = places_in_files(model, config)
+    modules: dict[str, Any] = {}
+    parts: dict[str, Parts] = {}
     for key, tensor in tensors.items():
         name, _, part = key.removeprefix(PREFIX).rpartition(".lora_")
         if not key.startswith(PREFIX) or not part:
             raise ValueError(f"{folder}: expected keys of LoRA weights, found {key!r}")
-        parts.setdefault(name, {})[f"lora_{part}"] = tensor
+        if name not in places:
+            base = config.base_model_name_or_path
+            raise ValueError(f"{folder}: expected an adapter for this model, found weights for {name!r} of {base!r}")
+        place = places[name]
+        modules[place.target] = place.module
+        parts.setdefault(place.target, {})[f"{place.prefix}lora_{part}"] = tensor
     if not parts:
         raise ValueError(f"{folder}: expected LoRA weights, found an empty file")
-    existing = dict(model.named_modules())
-    base = config.base_model_name_or_path
     for name, found in parts.items():
-        if name not in existing:
-            raise ValueError(f"{folder}: expected an adapter for this model, found weights for {name!r} of {base!r}")
-        _check_parts(name, existing[name], found, config, folder)
-    return {name: existing[name] for name in parts}, parts
+        _check_parts(name, modules[name], found, config, folder)
+    return modules, parts
 
 
-def _check_parts(name: str, module: nn.Module, parts: Parts, config: LoraConfig, folder: Path) -> None:
+def _check_parts(name: str, module: Any, parts: Parts, config: LoraConfig, folder: Path) -> None:
     kind = kind_of(module)
     if kind is None:
         raise ValueError(f"{folder}: expected a linear layer at {name!r}, found {type(module).__name__}")

@@ -28,6 +28,8 @@ class LoraConfig:
         init_lora_weights: True (A Kaiming uniform, B zero), "gaussian" (A normal with deviation 1/r, B zero) or
             False (both random).
         rank_pattern, alpha_pattern: overrides of r and lora_alpha by regular expression on the end of the name.
+        target_parameters: which parameters get an adapter besides, where a module itself multiplies by them: a list
+            of dotted suffixes.
         layers_to_transform, layers_pattern: restrict the targets to layers of these indices.
 
     Raises:
@@ -83,6 +85,8 @@ class LoraConfig:
                 setattr(self, name, sorted(value))
             elif value is not None and not isinstance(value, (str, list)):
                 raise TypeError(f"{name}: expected a list of names, a regular expression or None, found {value!r}")
+        if self.target_parameters is not None:
+            self.target_parameters = _names("target_parameters", self.target_parameters)
         self._check_layers()
         _check_rank("r", self.r)
         for pattern, rank in self.rank_pattern.items():
@@ -156,8 +160,14 @@ SUPPORTED = {
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora",
     "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "task_type",
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "megatron_core", "qalora_group_size", "use_dora", "lora_bias",
+    "megatron_core", "qalora_group_size", "use_dora", "lora_bias", "target_parameters",
 }  # fmt: skip
+
+
+def _names(name: str, value: Any) -> list[str]:
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{name}: expected a list of names or None, found {value!r}")
+    return sorted(value) if isinstance(value, set) else list(value)
 
 
 def _check_rank(name: str, rank: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from torch import nn
 from . import ops
 from .adapters import REGISTRY, adapters, check_unmerged, patched_layers, set_adapter
 from .config import LoraConfig
-from .layers import LinearLayer, adopt, kind_of
+from .layers import LinearLayer, LoraLayer, adopt, kind_of
 from .layers.base import Parts
 from .log import logger
 from .quantize import check_quantizable, give_back_to_bitsandbytes, take_over_bitsandbytes
-from .targets import find_targets, output_head, pattern_value
+from .targets import check_settings, find_targets, output_head, pattern_value
 
 _TRAINED_BEFORE = "fastlora_trained_before"
 
@@ -60,6 +61,7 @@ def patch(
     config = _config(r, targets, alpha, dropout, config)
     config, modules = find_targets(model, config)
     _check(model, modules, quantize, adapter, allow_output_head)
+    check_settings(modules, config)
     initial = {name: _initial_parts(module, name, config) for name, module in modules.items()}
     attach(model, modules, initial, config, adapter, quantize)
     return model
@@ -87,17 +89,18 @@ def attach(
             layer.add_magnitude(adapter, trainable)
     model.__dict__.setdefault(REGISTRY, {})[adapter] = config
     set_adapter(model, adapter)
-    _log_paths(model, adapter, modules)
+    _log_paths(adapter, [adopt(module) for module in modules.values()])
 
 
-def _log_paths(model: nn.Module, adapter: str, modules: dict[str, Any]) -> None:
+def _log_paths(adapter: str, layers: Iterable[LoraLayer]) -> None:
     """Says which implementation computes the new adapter's layers."""
     kinds = Counter(
-        (layer.weight.device, layer.dense_dtype, layer.weight_scale is not None) for layer in modules.values()
+        (layer.weight_device, layer.dense_dtype, getattr(layer, "weight_scale", None) is not None, layer.computed_by())
+        for layer in layers
     )
-    for (device, dtype, int8), count in kinds.items():
+    for (device, dtype, int8, computed_by), count in kinds.items():
         weights = f"{str(dtype).removeprefix('torch.')}{' stored as int8' if int8 else ''}"
-        logger.info("adapter %r on %d layers, weights in %s; %s", adapter, count, weights, ops.describe(device, dtype))
+        logger.info("adapter %r on %d layers, weights in %s; %s", adapter, count, weights, computed_by)
         if ops.is_slow(device, dtype):
             _warn_of_slow_dtype(dtype)
 
@@ -186,7 +189,8 @@ def _initial_parts(module: Any, name: str, config: LoraConfig) -> Parts:
     assert kind is not None, "find_targets lets no other module through"
     parts = kind.draw(module, rank_of(config, name), config.init_lora_weights, config.lora_bias)
     # PEFT moves a new adapter to the dtype of a dense weight, then back to float32.
-    dtype = module.weight.dtype if module.weight.is_floating_point() else torch.float32
+    weight = kind.weight_of(module)
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
     return {part: tensor.to(dtype).float() for part, tensor in parts.items()}
 
 

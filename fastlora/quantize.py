@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layers import LinearLayer, adopt, is_linear8bit
+from .layers import LinearLayer, adopt, is_linear8bit, kind_of
 
 QUANTIZATIONS = (None, "int8")
 
@@ -23,6 +23,9 @@ def check_quantizable(model: nn.Module, targets: dict[str, Any], quantize: str |
         return
     names = _names_by_weight(model)
     for name, module in targets.items():
+        kind = kind_of(module)
+        if kind is None or not issubclass(kind, LinearLayer):
+            continue
         if not module.weight.is_floating_point() or (
             isinstance(module, LinearLayer) and module.weight_scale is not None
         ):

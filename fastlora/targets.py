@@ -12,9 +12,11 @@ from torch import nn
 
 from .architectures import DEFAULT_TARGETS
 from .config import LoraConfig
-from .layers import LinearLayer, kind_of
+from .layers import LinearLayer, LoraParameter, kind_of
+from .parameters import find_parameters
 
 ALL_LINEAR = "all-linear"
+LORA_PARTS = (nn.ParameterDict, LoraParameter)  # what adapters add to the module tree
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict[str, Any]]:
@@ -24,19 +26,29 @@ def find_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict
         ValueError: nothing is selected, or there is no default for the architecture.
         TypeError: a selected module is of a kind that cannot carry an adapter.
     """
-    modules = dict(model.named_modules())
+    modules = {name: module for name, module in model.named_modules() if not isinstance(module, LORA_PARTS)}
+    parameters = find_parameters(model, config)
     config = replace(config, target_modules=_explicit_targets(model, modules, config))
     selected = {name: module for name, module in modules.items() if name and matches(config, name)}
     adaptable = {name: module for name, module in selected.items() if kind_of(module) is not None}
-    if not selected:
+    if not selected and (config.target_modules or not parameters):
         raise ValueError(_nothing_found(config, modules))
     for name, module in selected.items():
         if name not in adaptable:
             raise TypeError(
-                f"targets: expected nn.Linear or Conv1D, found {type(module).__name__} at {name!r}; "
+                f"targets: expected nn.Linear, Conv1D or nn.MultiheadAttention, found {type(module).__name__} at "
+                f"{name!r}; "
                 "leave it out with exclude_modules"
             )
-    return config, adaptable
+    return config, adaptable | parameters
+
+
+def check_settings(modules: dict[str, Any], config: LoraConfig) -> None:
+    """Raises ValueError where a target cannot have an adapter of the config's settings."""
+    for name, module in modules.items():
+        kind = kind_of(module)
+        assert kind is not None, "find_targets lets no other module through"
+        kind.check_settings(module, name, config.lora_dropout, config.use_dora, config.lora_bias)
 
 
 def matches(config: LoraConfig, name: str) -> bool:
@@ -68,10 +80,12 @@ def pattern_value(patterns: dict, name: str, default):
     return default
 
 
-def _explicit_targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str] | str:
+def _explicit_targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str] | str | None:
     targets = config.target_modules
     if targets is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type not in DEFAULT_TARGETS and config.target_parameters:
+            return None
         if model_type not in DEFAULT_TARGETS:
             raise ValueError(
                 f"targets: expected to be given, since there is no default for model_type {model_type!r}; "

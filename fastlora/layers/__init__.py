@@ -5,19 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
+from .attention import LoraAttention
 from .base import LoraLayer, become
 from .bitsandbytes import is_linear8bit
+from .experts import LoraParameter, ParameterTarget
 from .linear import LinearLayer, LoraConv1D, LoraLinear
 
-__all__ = ["KINDS", "LinearLayer", "LoraConv1D", "LoraLayer", "LoraLinear", "adopt", "is_linear8bit", "kind_of"]
+__all__ = [
+    "KINDS", "LinearLayer", "LoraAttention", "LoraConv1D", "LoraLayer", "LoraLinear", "LoraParameter",
+    "ParameterTarget", "adopt", "is_linear8bit", "kind_of",
+]  # fmt: skip
 
-KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraConv1D)
+KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraConv1D, LoraAttention, LoraParameter)
 
 
-def kind_of(module: nn.Module) -> type[LoraLayer] | None:
-    """The kind of LoRA layer that a module is or can become; None where it can become none."""
+def kind_of(module: Any) -> type[LoraLayer] | None:
+    """The kind of LoRA layer that a module or parameter is or can become; None where it can become none."""
     if torch.nn.utils.parametrize.is_parametrized(module):
         return None
     # The class of a layer may be a kind's or, for a kind that builds on the original, one made for the two.
@@ -29,5 +33,7 @@ def adopt(module: Any) -> LoraLayer:
     kind = kind_of(module)
     if isinstance(module, LoraLayer) or kind is None:
         return module
-    dense_dtype = torch.float16 if is_linear8bit(module) else module.weight.dtype
+    if isinstance(module, ParameterTarget):
+        return LoraParameter.adopt(module)
+    dense_dtype = torch.float16 if is_linear8bit(module) else kind.weight_of(module).dtype
     return become(module, kind, dense_dtype)

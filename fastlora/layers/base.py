@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import ops
+
 Parts = dict[str, Tensor]  # the tensors of one adapter in one layer, by the names they have in PEFT's files
 
 
@@ -68,6 +70,15 @@ class LoraLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def weight_of(cls, module: Any) -> Tensor:
+        """The weight whose dtype a new adapter goes by."""
+        return module.weight
+
+    @classmethod
+    def check_settings(cls, module: Any, name: str, dropout: float, dora: bool, bias: bool) -> None:
+        """Raises ValueError where an adapter of these settings cannot go on the module of this name."""
+
+    @classmethod
     def draw(cls, module: Any, rank: int, init: bool | str, bias: bool) -> Parts:
         """The initial tensors of an adapter, drawn in PEFT's order from torch's CPU generator.
 
@@ -84,6 +95,23 @@ class LoraLayer(nn.Module):
         """The layer's own parameters with adapters folded in, by name."""
         raise NotImplementedError
 
+    def home(self, name: str) -> tuple[nn.Module, str]:
+        """The module that has a parameter of `folded`, and the parameter's name there."""
+        path, _, own = name.rpartition(".")
+        return self.get_submodule(path), own
+
+    def computed_by(self) -> str:
+        """Which implementation computes, in words."""
+        return ops.describe(self.weight_device, self.dense_dtype)
+
+    @property
+    def weight_device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def name_in_files(self, name: str, adapter: str) -> str:
+        """What PEFT's files call a layer that the model calls `name`."""
+        return name
+
     def has(self, adapter: str) -> bool:
         return adapter in self.lora_A
 
@@ -98,7 +126,7 @@ class LoraLayer(nn.Module):
 
     def add_adapter(self, name: str, parts: Parts, scaling: float, dropout: float, trainable: bool = True) -> None:
         """Adds an adapter, on the device of the weight; 16-bit models get float32 adapters, as in PEFT."""
-        dtype, device = torch.promote_types(self.dense_dtype, torch.float32), next(self.parameters()).device
+        dtype, device = torch.promote_types(self.dense_dtype, torch.float32), self.weight_device
         for part, tensor in parts.items():
             parameter = nn.Parameter(tensor.to(device, dtype), requires_grad=trainable)
             getattr(self, self.PARTS[part])[name] = parameter
@@ -142,7 +170,7 @@ class LoraLayer(nn.Module):
             return
         folded = self.folded(names)
         for name, parameter in folded.items():
-            if parameter is not None and parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            if not _is_finite(parameter):
                 raise ValueError(f"adapters {list(names)}: expected a finite merged {name}, found inf or nan")
         self._before_merge = self.exchange(folded)
         self.merged_adapters = names
@@ -171,11 +199,12 @@ class LoraLayer(nn.Module):
 
     def exchange(self, parameters: dict[str, nn.Parameter | None]) -> dict[str, nn.Parameter | None]:
         """Puts parameters in the place of those of the same names, on their devices, and returns these."""
-        before = {name: self._parameters[name] for name in parameters}
+        before = {}
         for name, parameter in parameters.items():
+            module, own = self.home(name)
             if parameter is not None:
-                parameter.data = parameter.data.to(next(self.parameters()).device)
-            self._parameters[name] = parameter
+                parameter.data = parameter.data.to(self.weight_device)
+            before[name], module._parameters[own] = module._parameters[own], parameter
         return before
 
     def release(self, merge: bool = False) -> None:
@@ -199,6 +228,13 @@ class LoraLayer(nn.Module):
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{name}: r={a.shape[0]}" for name, a in self.lora_A.items())
         return ", ".join(filter(None, [super().extra_repr(), f"adapters=({ranks})"]))
+
+
+def _is_finite(parameter: nn.Parameter | None) -> bool:
+    """Whether all values are; bitsandbytes may store 4-bit codes as floats, which mean nothing."""
+    if parameter is None or not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
+        return True
+    return bool(torch.isfinite(parameter).all())
 
 
 _LAYER_STATE = (

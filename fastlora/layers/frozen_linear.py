@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ..pages import release_pages
 from . import dora
 from .base import LoraLayer, Parts
 from .bitsandbytes import is_linear8bit, restore_linear8bit, take_int8
+from .draw import draw_pair
 
 
 class FrozenLinear(LoraLayer):
@@ -55,17 +55,8 @@ class FrozenLinear(LoraLayer):
     def draw(cls, module: Any, rank: int, init: bool | str, bias: bool) -> Parts:
         N, K = cls.features(module)
         device = "meta" if module.weight.is_meta else "cpu"
-        a = nn.Linear(K, rank, bias=False, device=device).weight.data
-        b = nn.Linear(rank, N, bias=bias, device=device)
-        if init == "gaussian":
-            nn.init.normal_(a, std=1 / rank)
-        elif init:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        if init is not False:
-            for tensor in b.parameters():
-                nn.init.zeros_(tensor)
-        parts = {"lora_A.weight": a, "lora_B.weight": b.weight.data}
-        return parts | {"lora_B.bias": b.bias.data} if bias else parts
+        a = nn.Linear(K, rank, bias=False, device=device)
+        return draw_pair(a, nn.Linear(rank, N, bias=bias, device=device), rank, init)
 
     def setup(self) -> None:
         self.register_parameter("weight_scale", None)
