@@ -189,8 +189,8 @@ def _initial_parts(module: Any, name: str, config: LoraConfig) -> Parts:
     assert kind is not None, "find_targets lets no other module through"
     parts = kind.draw(module, rank_of(config, name), config.init_lora_weights, config.lora_bias)
     # PEFT moves a new adapter to the dtype of a dense weight, then back to float32.
-    weight = kind.weight_of(module)
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    dtype = kind.dtype_of(module)
+    dtype = dtype if dtype.is_floating_point else torch.float32
     return {part: tensor.to(dtype).float() for part, tensor in parts.items()}
 
 

@@ -8,16 +8,17 @@ import torch
 
 from .attention import LoraAttention
 from .base import LoraLayer, become
-from .bitsandbytes import is_linear8bit
+from .bitsandbytes import is_linear4bit, is_linear8bit
 from .experts import LoraParameter, ParameterTarget
 from .linear import LinearLayer, LoraConv1D, LoraLinear
+from .linear4bit import LoraLinear4bit
 
 __all__ = [
-    "KINDS", "LinearLayer", "LoraAttention", "LoraConv1D", "LoraLayer", "LoraLinear", "LoraParameter",
-    "ParameterTarget", "adopt", "is_linear8bit", "kind_of",
+    "KINDS", "LinearLayer", "LoraAttention", "LoraConv1D", "LoraLayer", "LoraLinear", "LoraLinear4bit",
+    "LoraParameter", "ParameterTarget", "adopt", "is_linear4bit", "is_linear8bit", "kind_of",
 ]  # fmt: skip
 
-KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraConv1D, LoraAttention, LoraParameter)
+KINDS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraConv1D, LoraLinear4bit, LoraAttention, LoraParameter)
 
 
 def kind_of(module: Any) -> type[LoraLayer] | None:
@@ -35,5 +36,11 @@ def adopt(module: Any) -> LoraLayer:
         return module
     if isinstance(module, ParameterTarget):
         return LoraParameter.adopt(module)
-    dense_dtype = torch.float16 if is_linear8bit(module) else kind.weight_of(module).dtype
-    return become(module, kind, dense_dtype)
+    return become(module, kind, _dense_dtype(module, kind))
+
+
+def _dense_dtype(module: Any, kind: type[LoraLayer]) -> torch.dtype:
+    """The dtype that a module's weight is meant to be of."""
+    if is_linear4bit(module):
+        return module.quant_state.dtype
+    return torch.float16 if is_linear8bit(module) else kind.dtype_of(module)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from .adapted import Term, merged
 from .base import Parts
@@ -54,12 +55,12 @@ class LoraAttention(WeightLayer):
         return dict(zip(cls.PARTS, ([rank, E], [3 * E, rank], [rank, E], [E, rank]), strict=True))
 
     @classmethod
-    def weight_of(cls, module: Any) -> Tensor:
-        return module.out_proj._parameters["weight"]
+    def dtype_of(cls, module: Any) -> torch.dtype:
+        return module.out_proj._parameters["weight"].dtype
 
     @classmethod
     def draw(cls, module: Any, rank: int, init: bool | str, bias: bool) -> Parts:
-        E, device = module.embed_dim, "meta" if cls.weight_of(module).is_meta else "cpu"
+        E, device = module.embed_dim, "meta" if module._parameters["in_proj_weight"].is_meta else "cpu"
 
         def draw_projection(N: int) -> Parts:
             a = nn.Linear(E, rank, bias=False, device=device)

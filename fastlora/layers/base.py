@@ -62,7 +62,7 @@ class LoraLayer(nn.Module):
     @classmethod
     def class_for(cls, original: type[nn.Module]) -> type[LoraLayer]:
         """The class that a module of an original class gets: both, unless the kind needs nothing of the original."""
-        return _class_of(cls, original)
+        return class_of(cls, original)
 
     @classmethod
     def shapes(cls, module: Any, rank: int) -> dict[str, list[int]]:
@@ -70,9 +70,9 @@ class LoraLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def weight_of(cls, module: Any) -> Tensor:
-        """The weight whose dtype a new adapter goes by."""
-        return module.weight
+    def dtype_of(cls, module: Any) -> torch.dtype:
+        """The dtype of a module's weight, to which PEFT rounds a new adapter."""
+        return module.weight.dtype
 
     @classmethod
     def check_settings(cls, module: Any, name: str, dropout: float, dora: bool, bias: bool) -> None:
@@ -261,7 +261,7 @@ def become(module: Any, kind: type[LoraLayer], dense_dtype: torch.dtype) -> Any:
 _classes: dict[tuple[type, type], type] = {}
 
 
-def _class_of(kind: type[LoraLayer], original: type[nn.Module]) -> type[LoraLayer]:
+def class_of(kind: type[LoraLayer], original: type[nn.Module]) -> type[LoraLayer]:
     """The kind itself where it derives from the original class, else the one class that is both."""
     if issubclass(kind, original):
         return kind

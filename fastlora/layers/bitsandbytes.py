@@ -1,4 +1,4 @@
-"""Reading and rebuilding bitsandbytes' 8-bit linear modules, without importing bitsandbytes."""
+"""Recognising bitsandbytes' linear modules, and rebuilding the 8-bit ones, without importing bitsandbytes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ def is_linear8bit(module: Any) -> bool:
     # A model that has one has imported bitsandbytes; fastlora need not, and its import is not free.
     library = sys.modules.get("bitsandbytes.nn")
     return library is not None and isinstance(module, library.Linear8bitLt) and not module.state.has_fp16_weights
+
+
+def is_linear4bit(module: Any) -> bool:
+    """Whether `module` is a bitsandbytes `Linear4bit` whose weight is quantised."""
+    library = sys.modules.get("bitsandbytes.nn")
+    return library is not None and isinstance(module, library.Linear4bit) and module.quant_state is not None
 
 
 def take_int8(module: Any) -> tuple[Tensor, Tensor] | None:
