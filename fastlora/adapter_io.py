@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,9 +22,10 @@ from .inits import as_saved, initial_for_file, saved_config
 from .layers import ADAPTABLE, LoraConv1D, LoraLayer, kind_of
 from .layers.base import Parts
 from .log import logger
-from .patch import attach, check_settings
+from .parameters import places_in_files
+from .patch import attach
 from .quantize import check_quantizable
-from .targets import rank_of
+from .targets import check_settings, rank_of
 from .tokens import take_tokens
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -83,6 +85,7 @@ def load(
     rows = take_tokens(model, config, tensors, folder)
     embeddings = take_embeddings(model, config, tensors, folder)
     modules, weights, copies = fit(model, config, tensors, folder)
+    check_settings(modules, config if trainable else replace(config, lora_dropout=0.0))
     check_quantizable(model, modules, quantize)
     _warn_of_another_base(model, config, folder)
     initial = initial_for_file(model, modules, config, folder)
@@ -111,7 +114,7 @@ def adapter_tensors(
     tensors = {}
     for name, layer in layers.items():
         for part, tensor in as_saved(layer, adapter, config).items():
-            tensors[f"{PREFIX}{name}.{part}"] = tensor.contiguous()
+            tensors[f"{PREFIX}{layer.name_in_files(name, adapter)}.{part}"] = tensor.contiguous()
     for name, copy in trained.copies_of(model, adapter).items():
         path, _, attribute = name.rpartition(".")
         base = "base_layer." if path in layers else ""
@@ -144,28 +147,31 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def fit(
     model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], folder: Path
-) -> tuple[dict[str, nn.Module], dict[str, Parts], dict[str, Tensor]]:
+) -> tuple[dict[str, Any], dict[str, Parts], dict[str, Tensor]]:
     """The modules that the tensors belong to, their tensors by part, and those of trained copies, all checked."""
-    parts: dict[str, dict[str, Tensor]] = {}
+    places = places_in_files(model, config)
+    modules: dict[str, Any] = {}
+    parts: dict[str, Parts] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name, is_part, part = key.removeprefix(PREFIX).rpartition(".lora_")
         if not key.startswith(PREFIX):
             raise ValueError(f"{folder}: expected keys of LoRA weights, found {key!r}")
-        if is_part:
-            parts.setdefault(name, {})[f"lora_{part}"] = tensor
-        else:
+        if not is_part:
             others[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = tensor
+            continue
+        if name not in places:
+            base = config.base_model_name_or_path
+            raise ValueError(f"{folder}: expected an adapter for this model, found weights for {name!r} of {base!r}")
+        place = places[name]
+        modules[place.target] = place.module
+        parts.setdefault(place.target, {})[f"{place.prefix}lora_{part}"] = tensor
     if not parts:
         raise ValueError(f"{folder}: expected LoRA weights, found an empty file")
-    existing = dict(model.named_modules())
-    base = config.base_model_name_or_path
     for name, found in parts.items():
-        if name not in existing:
-            raise ValueError(f"{folder}: expected an adapter for this model, found weights for {name!r} of {base!r}")
-        _check_parts(name, existing[name], found, config, folder)
+        _check_parts(name, modules[name], found, config, folder)
     _check_copies(model, config, list(parts), others, folder)
-    return {name: existing[name] for name in parts}, parts, others
+    return modules, parts, others
 
 
 def _check_copies(
@@ -182,11 +188,10 @@ def _check_copies(
             raise ValueError(f"{folder}: expected finite weights, found inf or nan in {name}")
 
 
-def _check_parts(name: str, module: nn.Module, parts: Parts, config: LoraConfig, folder: Path) -> None:
+def _check_parts(name: str, module: Any, parts: Parts, config: LoraConfig, folder: Path) -> None:
     kind = kind_of(module)
     if kind is None:
         raise ValueError(f"{folder}: expected {ADAPTABLE} at {name!r}, found {type(module).__name__}")
-    check_settings(module, name, config)
     shapes = kind.shapes(module, rank_of(config, name))
     optional = {"lora_B.bias": config.lora_bias, "lora_magnitude_vector": config.use_dora}
     wanted = {part for part in shapes if optional.get(part, True)}

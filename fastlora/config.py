@@ -38,6 +38,8 @@ class LoraConfig:
         rank_pattern, alpha_pattern: overrides of r and lora_alpha by regular expression on the end of the name.
         layers_to_transform, layers_pattern: restrict the targets to layers of these indices.
 
+        target_parameters: which parameters get an adapter besides, where a module itself multiplies by them: a list
+            of dotted suffixes.
         trainable_token_indices: tokens whose rows of the input embedding train, or tokens by the name of a layer.
 
     Raises:
@@ -99,6 +101,8 @@ class LoraConfig:
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout: expected 0 <= dropout < 1, found {self.lora_dropout}")
+        if self.target_parameters is not None:
+            self.target_parameters = _names("target_parameters", self.target_parameters)
         self._check_init()
         _check_tokens(self.trainable_token_indices)
         if self.bias not in BIASES:
@@ -180,7 +184,8 @@ SUPPORTED = {
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora",
     "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "task_type",
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "megatron_core", "qalora_group_size", "use_dora", "lora_bias", "trainable_token_indices", "bias", "modules_to_save",
+    "megatron_core", "qalora_group_size", "use_dora", "lora_bias", "target_parameters",
+    "trainable_token_indices", "bias", "modules_to_save",
     *(name for name, _ in SETTINGS.values()),
     "ensure_weight_tying",
 }  # fmt: skip
@@ -194,6 +199,12 @@ def _warn_of_idle_settings(name: str, method: str) -> None:
 def _check_rank(name: str, rank: Any) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"{name}: expected a whole number of at least 1, found {rank!r}")
+
+
+def _names(name: str, value: Any) -> list[str]:
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{name}: expected a list of names or None, found {value!r}")
+    return sorted(value) if isinstance(value, set) else list(value)
 
 
 def _check_tokens(indices: Any) -> None:

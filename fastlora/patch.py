@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,11 +24,11 @@ from .adapters import (
 from .base_embeddings import give_embeddings_back, keep_embeddings
 from .config import LoraConfig
 from .inits import PLAIN_INITS, Initial, check_no_calibration, initial_adapters, with_found_ranks
-from .layers import LinearLayer, adopt, kind_of, replace_weight
+from .layers import LinearLayer, LoraLayer, adopt, kind_of, replace_weight
 from .layers.base import Parts
 from .log import logger
 from .quantize import check_quantizable, give_back_to_bitsandbytes, take_over_bitsandbytes
-from .targets import find_targets, output_head, rank_of, scaling_of
+from .targets import check_settings, find_targets, output_head, rank_of, scaling_of
 from .ties import check_foldable, tie_config, untie_config
 from .tokens import attach_tokens, find_tokens, initial_rows
 
@@ -85,8 +85,7 @@ def patch(
     config = _config(r, targets, alpha, dropout, config)
     config, modules = find_targets(model, config)
     _check(model, modules, config, quantize, adapter, allow_output_head)
-    for name, module in modules.items():
-        check_settings(module, name, config)
+    check_settings(modules, config)
     tokens = find_tokens(model, config, modules)
     if config.init_lora_weights in PLAIN_INITS:
         check_no_calibration(config.init_lora_weights, calibration)
@@ -138,19 +137,18 @@ def attach(
     model.__dict__.setdefault(REGISTRY, {})[adapter] = config
     if activate:
         set_adapter(model, adapter)
-    _log_paths(model, adapter, modules)
+    _log_paths(adapter, [adopt(module) for module in modules.values()])
 
 
-def _log_paths(model: nn.Module, adapter: str, modules: dict[str, Any]) -> None:
+def _log_paths(adapter: str, layers: Iterable[LoraLayer]) -> None:
     """Says which implementation computes the new adapter's layers."""
     kinds = Counter(
-        (layer.weight.device, layer.dense_dtype, layer.weight_scale is not None)
-        for layer in modules.values()
-        if isinstance(layer, LinearLayer)
+        (layer.weight_device, layer.dense_dtype, getattr(layer, "weight_scale", None) is not None, layer.computed_by())
+        for layer in layers
     )
-    for (device, dtype, int8), count in kinds.items():
+    for (device, dtype, int8, computed_by), count in kinds.items():
         weights = f"{str(dtype).removeprefix('torch.')}{' stored as int8' if int8 else ''}"
-        logger.info("adapter %r on %d layers, weights in %s; %s", adapter, count, weights, ops.describe(device, dtype))
+        logger.info("adapter %r on %d layers, weights in %s; %s", adapter, count, weights, computed_by)
         if ops.is_slow(device, dtype):
             _warn_of_slow_dtype(dtype)
 
@@ -234,20 +232,14 @@ def _check(
     trained.names_to_train(model, config, list(modules))
 
 
-def check_settings(module: nn.Module, name: str, config: LoraConfig) -> None:
-    """Raises ValueError where a module that can be adapted cannot get an adapter of these settings."""
-    kind = kind_of(module)
-    assert kind is not None, "callers let no other module through"
-    kind.check(module, name, rank_of(config, name), config.use_dora, config.lora_bias)
-
-
 def _initial_parts(module: Any, name: str, config: LoraConfig) -> Parts:
     """The tensors of a new adapter in float32, drawn in PEFT's order from torch's CPU generator."""
     kind = kind_of(module)
     assert kind is not None, "find_targets lets no other module through"
     parts = kind.draw(module, rank_of(config, name), config.init_lora_weights, config.lora_bias)
     # PEFT moves a new adapter to the dtype of a dense weight, then back to float32.
-    dtype = module.weight.dtype if module.weight.is_floating_point() else torch.float32
+    dtype = kind.dtype_of(module)
+    dtype = dtype if dtype.is_floating_point else torch.float32
     return {part: tensor.to(dtype).float() for part, tensor in parts.items()}
 
 

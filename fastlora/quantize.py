@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layers import LinearLayer, adopt, is_linear8bit, kind_of
+from .layers import LinearLayer, adopt, is_linear4bit, is_linear8bit, kind_of
 
 QUANTIZATIONS = (None, "int8")
 
-_TRANSFORMERS_MARKS = ("is_quantized", "is_loaded_in_8bit", "hf_quantizer", "quantization_method")
+_TRANSFORMERS_MARKS = (
+    "is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit", "hf_quantizer", "quantization_method",
+)  # fmt: skip
 _MARKS_BEFORE = "fastlora_quantized_before"
 
 
@@ -24,8 +26,12 @@ def check_quantizable(model: nn.Module, targets: dict[str, Any], quantize: str |
     names = _names_by_weight(model)
     for name, module in targets.items():
         kind = kind_of(module)
-        if kind is None or not issubclass(kind, LinearLayer) or not module.weight.is_floating_point():
+        if kind is None or not issubclass(kind, LinearLayer):
             continue  # only linear layers are quantised
+        if is_linear4bit(module):
+            raise ValueError(f"quantize: expected None for layers in 4 bits already, found {quantize!r} with {name!r}")
+        if not module.weight.is_floating_point():
+            continue
         if isinstance(module, LinearLayer) and module.weight_scale is not None:
             continue
         sharing = [other for other in names[id(module.weight)] if other != name]
@@ -47,14 +53,15 @@ def _names_by_weight(model: nn.Module) -> dict[int, list[str]]:
 def take_over_bitsandbytes(model: nn.Module) -> None:
     """Turns every 8-bit module of bitsandbytes into an int8 layer of fastlora, with the same codes and scales.
 
-    The model then no longer counts as quantised for transformers, whose Trainer refuses one that is not a PeftModel.
+    The 4-bit ones stay what they are. The model then no longer counts as quantised for transformers, whose Trainer
+    refuses one that is not a PeftModel.
     """
     modules = [module for module in model.modules() if is_linear8bit(module)]
     for module in modules:
         layer = adopt(module)
         if isinstance(layer, LinearLayer) and layer.weight_scale is None:
             layer.quantize()
-    if not modules:
+    if _MARKS_BEFORE in model.__dict__ or not (modules or any(is_linear4bit(module) for module in model.modules())):
         return
     marks = {name: model.__dict__.pop(name) for name in _TRANSFORMERS_MARKS if name in model.__dict__}
     config = getattr(model, "config", None)

@@ -12,10 +12,12 @@ from torch import nn
 
 from .architectures import DEFAULT_TARGETS
 from .config import LoraConfig
-from .layers import ADAPTABLE, LinearLayer, kind_of
+from .layers import ADAPTABLE, LinearLayer, LoraParameter, kind_of
+from .parameters import find_parameters
 from .trained import is_saved
 
 ALL_LINEAR = "all-linear"
+LORA_PARTS = (nn.ParameterDict, LoraParameter)  # what adapters add to the module tree
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict[str, Any]]:
@@ -25,11 +27,12 @@ def find_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict
         ValueError: nothing is selected, or there is no default for the architecture.
         TypeError: a selected module is of a kind that cannot carry an adapter.
     """
-    modules = dict(model.named_modules())
+    modules = {name: module for name, module in model.named_modules() if not isinstance(module, LORA_PARTS)}
+    parameters = find_parameters(model, config)
     config = replace(config, target_modules=_explicit_targets(model, modules, config))
     selected = {name: module for name, module in modules.items() if name and matches(config, name)}
     adaptable = {name: module for name, module in selected.items() if kind_of(module) is not None}
-    if not selected:
+    if not selected and (config.target_modules or not parameters):
         raise ValueError(_nothing_found(config, modules))
     for name, module in selected.items():
         if name not in adaptable:
@@ -37,7 +40,15 @@ def find_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict
                 f"targets: expected {ADAPTABLE}, found {type(module).__name__} at {name!r}; "
                 "leave it out with exclude_modules"
             )
-    return config, adaptable
+    return config, adaptable | parameters
+
+
+def check_settings(modules: dict[str, Any], config: LoraConfig) -> None:
+    """Raises ValueError where a target cannot have an adapter of the config's settings."""
+    for name, module in modules.items():
+        kind = kind_of(module)
+        assert kind is not None, "find_targets lets no other module through"
+        kind.check(module, name, rank_of(config, name), config.lora_dropout, config.use_dora, config.lora_bias)
 
 
 def matches(config: LoraConfig, name: str) -> bool:
@@ -81,10 +92,12 @@ def scaling_of(config: LoraConfig, name: str) -> float:
     return config.scaling(rank_of(config, name), pattern_value(config.alpha_pattern, name, config.lora_alpha))
 
 
-def _explicit_targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str] | str:
+def _explicit_targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str] | str | None:
     targets = config.target_modules
     if targets is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type not in DEFAULT_TARGETS and config.target_parameters:
+            return None
         if model_type not in DEFAULT_TARGETS:
             raise ValueError(
                 f"targets: expected to be given, since there is no default for model_type {model_type!r}; "

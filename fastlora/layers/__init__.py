@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
+from .attention import LoraAttention
 from .base import LoraLayer, become, rebind_hooked_forward
-from .bitsandbytes import is_linear8bit, read_int8
+from .bitsandbytes import is_linear4bit, is_linear8bit, read_int8
 from .conv import LoraConvolution1d, LoraConvolution2d, LoraConvolution3d
 from .embedding import LoraEmbedding
+from .experts import LoraParameter, ParameterTarget
 from .head import Float32Head
 from .linear import EQUIVALENT_LINEARS, LinearLayer, LoraConv1D, LoraLinear
+from .linear4bit import LoraLinear4bit
 from .original import replace_weight
 from .tokens import TokenLayer, adopt_tokens, token_kind
 
@@ -22,6 +24,7 @@ __all__ = [
     "KINDS",
     "Float32Head",
     "LinearLayer",
+    "LoraAttention",
     "LoraConv1D",
     "LoraConvolution1d",
     "LoraConvolution2d",
@@ -29,9 +32,13 @@ __all__ = [
     "LoraEmbedding",
     "LoraLayer",
     "LoraLinear",
+    "LoraLinear4bit",
+    "LoraParameter",
+    "ParameterTarget",
     "TokenLayer",
     "adopt",
     "adopt_tokens",
+    "is_linear4bit",
     "is_linear8bit",
     "kind_of",
     "read_int8",
@@ -42,12 +49,13 @@ __all__ = [
 
 KINDS: tuple[type[LoraLayer], ...] = (
     LoraLinear, LoraConv1D, LoraEmbedding, LoraConvolution1d, LoraConvolution2d, LoraConvolution3d,
+    LoraLinear4bit, LoraAttention, LoraParameter,
 )  # fmt: skip
-ADAPTABLE = "nn.Linear, Conv1D, nn.Embedding or nn.Conv1d, 2d or 3d"  # what the kinds take, in words
+ADAPTABLE = "nn.Linear, Conv1D, nn.Embedding, nn.MultiheadAttention or nn.Conv1d, 2d or 3d"  # in words
 
 
-def kind_of(module: nn.Module) -> type[LoraLayer] | None:
-    """The kind of LoRA layer that a module is or can become; None where it can become none."""
+def kind_of(module: Any) -> type[LoraLayer] | None:
+    """The kind of LoRA layer that a module or parameter is or can become; None where it can become none."""
     if torch.nn.utils.parametrize.is_parametrized(module):
         return None
     # The class of a layer may be a kind's or, for a kind that builds on the original, one made for the two.
@@ -59,5 +67,13 @@ def adopt(module: Any) -> LoraLayer:
     kind = kind_of(module)
     if isinstance(module, LoraLayer) or kind is None:
         return module
-    dense_dtype = torch.float16 if is_linear8bit(module) else module.weight.dtype
-    return become(module, kind, dense_dtype)
+    if isinstance(module, ParameterTarget):
+        return LoraParameter.adopt(module)
+    return become(module, kind, _dense_dtype(module, kind))
+
+
+def _dense_dtype(module: Any, kind: type[LoraLayer]) -> torch.dtype:
+    """The dtype that a module's weight is meant to be of."""
+    if is_linear4bit(module):
+        return module.quant_state.dtype
+    return torch.float16 if is_linear8bit(module) else kind.dtype_of(module)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .mixed import Mix
 
 Parts = dict[str, Tensor]  # the tensors of one adapter in one layer, by the names they have in PEFT's files
@@ -62,7 +63,7 @@ class LoraLayer(nn.Module):
     @classmethod
     def class_for(cls, original: type[nn.Module]) -> type[LoraLayer]:
         """The class that a module of an original class gets: both, unless the kind needs nothing of the original."""
-        return _class_of(cls, original)
+        return class_of(cls, original)
 
     @classmethod
     def shapes(cls, module: Any, rank: int) -> dict[str, list[int]]:
@@ -70,7 +71,12 @@ class LoraLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def check(cls, module: Any, name: str, rank: int, dora: bool, bias: bool) -> None:
+    def dtype_of(cls, module: Any) -> torch.dtype:
+        """The dtype of a module's weight, to which PEFT rounds a new adapter."""
+        return module.weight.dtype
+
+    @classmethod
+    def check(cls, module: Any, name: str, rank: int, dropout: float, dora: bool, bias: bool) -> None:
         """Raises ValueError where an adapter of these settings cannot go on the module of this name."""
 
     @classmethod
@@ -96,6 +102,23 @@ class LoraLayer(nn.Module):
     def check_fold(self, adapters: tuple[str, ...]) -> None:
         """Raises ValueError where adapters cannot be folded into the layer's parameters."""
 
+    def home(self, name: str) -> tuple[nn.Module, str]:
+        """The module that has a parameter of `folded`, and the parameter's name there."""
+        path, _, own = name.rpartition(".")
+        return self.get_submodule(path), own
+
+    def computed_by(self) -> str:
+        """Which implementation computes, in words."""
+        return ops.describe(self.weight_device, self.dense_dtype)
+
+    @property
+    def weight_device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def name_in_files(self, name: str, adapter: str) -> str:
+        """What PEFT's files call a layer that the model calls `name`."""
+        return name
+
     def has(self, adapter: str) -> bool:
         return adapter in self.lora_A
 
@@ -110,7 +133,7 @@ class LoraLayer(nn.Module):
 
     def add_adapter(self, name: str, parts: Parts, scaling: float, dropout: float, trainable: bool = True) -> None:
         """Adds an adapter, on the device of the weight; 16-bit models get float32 adapters, as in PEFT."""
-        dtype, device = torch.promote_types(self.dense_dtype, torch.float32), next(self.parameters()).device
+        dtype, device = torch.promote_types(self.dense_dtype, torch.float32), self.weight_device
         for part, tensor in parts.items():
             parameter = nn.Parameter(tensor.to(device, dtype), requires_grad=trainable)
             getattr(self, self.PARTS[part])[name] = parameter
@@ -164,7 +187,7 @@ class LoraLayer(nn.Module):
         self.check_fold(names)
         folded = self.folded(names)
         for name, parameter in folded.items():
-            if parameter is not None and parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            if not _is_finite(parameter):
                 raise ValueError(f"adapters {list(names)}: expected a finite merged {name}, found inf or nan")
         self._before_merge = self.exchange(folded)
         self.merged_adapters = names
@@ -193,11 +216,12 @@ class LoraLayer(nn.Module):
 
     def exchange(self, parameters: dict[str, nn.Parameter | None]) -> dict[str, nn.Parameter | None]:
         """Puts parameters in the place of those of the same names, on their devices, and returns these."""
-        before = {name: self._parameters[name] for name in parameters}
+        before = {}
         for name, parameter in parameters.items():
+            module, own = self.home(name)
             if parameter is not None:
-                parameter.data = parameter.data.to(next(self.parameters()).device)
-            self._parameters[name] = parameter
+                parameter.data = parameter.data.to(self.weight_device)
+            before[name], module._parameters[own] = module._parameters[own], parameter
         return before
 
     def release(self, merge: bool = False) -> None:
@@ -221,6 +245,13 @@ class LoraLayer(nn.Module):
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{name}: r={a.shape[0]}" for name, a in self.lora_A.items())
         return ", ".join(filter(None, [super().extra_repr(), f"adapters=({ranks})"]))
+
+
+def _is_finite(parameter: nn.Parameter | None) -> bool:
+    """Whether all values are; bitsandbytes may store 4-bit codes as floats, which mean nothing."""
+    if parameter is None or not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
+        return True
+    return bool(torch.isfinite(parameter).all())
 
 
 _LAYER_STATE = (
@@ -247,7 +278,7 @@ def become(module: Any, kind: type[LoraLayer], dense_dtype: torch.dtype) -> Any:
 _classes: dict[tuple[type, type], type] = {}
 
 
-def _class_of(kind: type[LoraLayer], original: type[nn.Module]) -> type[LoraLayer]:
+def class_of(kind: type[LoraLayer], original: type[nn.Module]) -> type[LoraLayer]:
     """The kind itself where it derives from the original class, else the one class that is both."""
     if issubclass(kind, original):
         return kind

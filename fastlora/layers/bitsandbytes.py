@@ -11,6 +11,12 @@ from torch import Tensor
 from fastlora_kernels.reference import INT8_MAX
 
 
+def is_linear4bit(module: Any) -> bool:
+    """Whether `module` is a bitsandbytes `Linear4bit` whose weight is quantised."""
+    library = sys.modules.get("bitsandbytes.nn")
+    return library is not None and isinstance(module, library.Linear4bit) and module.quant_state is not None
+
+
 def is_linear8bit(module: Any) -> bool:
     """Whether `module` is a bitsandbytes `Linear8bitLt` that keeps its weight in int8."""
     # A model that has one has imported bitsandbytes; fastlora need not, and its import is not free.

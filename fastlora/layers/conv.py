@@ -47,7 +47,7 @@ class ConvLayer(FrozenLinear):
         )
 
     @classmethod
-    def check(cls, module: Any, name: str, rank: int, dora: bool, bias: bool) -> None:
+    def check(cls, module: Any, name: str, rank: int, dropout: float, dora: bool, bias: bool) -> None:
         if rank % module.groups:
             raise ValueError(
                 f"r: expected a multiple of the groups of a convolution, {module.groups} at {name!r}, found {rank}"

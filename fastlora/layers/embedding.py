@@ -63,7 +63,7 @@ class LoraEmbedding(FrozenLinear, nn.Embedding):  # type: ignore[misc]
         return is_embedding(module)
 
     @classmethod
-    def check(cls, module: Any, name: str, rank: int, dora: bool, bias: bool) -> None:
+    def check(cls, module: Any, name: str, rank: int, dropout: float, dora: bool, bias: bool) -> None:
         check_embedding(module, name, "targets")
         if bias:
             raise ValueError(f"lora_bias: expected no embeddings among the targets, as in PEFT, found {name!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..pages import release_pages
 from . import dora
 from .base import LoraLayer, Parts
 from .bitsandbytes import is_linear8bit, restore_linear8bit, take_int8
+from .draw import draw_pair
 from .original import Original, restore_weight
 
 
@@ -59,17 +59,8 @@ class FrozenLinear(LoraLayer):
 
     @classmethod
     def draw(cls, module: Any, rank: int, init: bool | str, bias: bool) -> Parts:
-        made, b = cls.new_modules(module, rank, bias, "meta" if module.weight.is_meta else "cpu")
-        a = made.weight.data
-        if init == "gaussian":
-            nn.init.normal_(a, std=1 / rank)
-        elif init:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        if init is not False:
-            for tensor in b.parameters():
-                nn.init.zeros_(tensor)
-        parts = {"lora_A.weight": a, "lora_B.weight": b.weight.data}
-        return parts | {"lora_B.bias": b.bias.data} if bias else parts
+        a, b = cls.new_modules(module, rank, bias, "meta" if module.weight.is_meta else "cpu")
+        return draw_pair(a, b, rank, init)
 
     def setup(self) -> None:
         self.original: Original | None = None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import ops
 from .base import LoraLayer
@@ -144,7 +145,8 @@ class LoraLinear(LinearLayer, nn.Linear):  # type: ignore[misc]
     def accepts(cls, module: nn.Module) -> bool:
         if is_linear8bit(module):
             return True
-        if not isinstance(module, nn.Linear):
+        # Nobody calls the output projection of nn.MultiheadAttention: an adapter there would do nothing.
+        if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
             return False
         return type(module).forward is nn.Linear.forward or type(module).__name__ in EQUIVALENT_LINEARS
 

@@ -1,0 +1,129 @@
+"""Our model and PEFT's, with the same adapters, side by side."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from accuracy import assert_as_accurate_as_eager
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import fastlora
+from fastlora.adapters import lora_layers
+
+PREFIX = "base_model.model."
+WEIGHTS_FILE = "adapter_model.safetensors"
+Run = Callable[[nn.Module], Tensor]  # a model's outputs on some batch
+
+
+def adapter_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
+    """The parameters of an adapter by the names that PEFT's files give them."""
+    if isinstance(model, peft.PeftModel):
+        named = ((name, p) for name, p in model.named_parameters() if f".{adapter}" in name and ".lora_" in name)
+        plain = {name.replace(f".{adapter}", ""): p for name, p in named}
+        return {name.replace("magnitude_vector.weight", "magnitude_vector"): p for name, p in plain.items()}
+    return {
+        f"{PREFIX}{layer.name_in_files(name, adapter)}.{part}": p
+        for name, layer in lora_layers(model).items()
+        for part, p in layer.parts(adapter).items()
+    }
+
+
+def fill(model: nn.Module, seed: int, adapter: str = "default") -> nn.Module:
+    """Random values for A and B, the same for every model of one shape; returns the model."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in sorted(adapter_of(model, adapter).items()):
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def make_pair(make: Callable[[], nn.Module], settings: dict[str, Any], seed: int = 0) -> tuple[nn.Module, nn.Module]:
+    """Our model and PEFT's, with one adapter each, drawn under one seed."""
+    torch.manual_seed(seed)
+    model = make()
+    theirs = copy.deepcopy(model)
+    torch.manual_seed(seed + 1)
+    ours = fastlora.patch(model, config=fastlora.LoraConfig(**settings))
+    torch.manual_seed(seed + 1)
+    return ours, peft.get_peft_model(theirs, peft.LoraConfig(**settings))
+
+
+def assert_same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name
+
+
+def assert_files_go_both_ways(
+    make: Callable[[], nn.Module], settings: dict[str, Any], run: Run, folder: Path, adapter: str = "default"
+) -> None:
+    """Either saves what the other loads, tensor for tensor, and then computes the same."""
+    ours, theirs = (fill(model, 3) for model in make_pair(make, settings))
+    fastlora.save(ours, folder / "ours")
+    theirs.save_pretrained(folder / "theirs")
+    files = [load_file(folder / writer / WEIGHTS_FILE) for writer in ("ours", "theirs")]
+    assert_same_tensors(*files)
+    torch.manual_seed(0)
+    reloaded = fastlora.load(make(), folder / "theirs", adapter)
+    torch.manual_seed(0)
+    peft_reloaded = peft.PeftModel.from_pretrained(make(), folder / "ours", adapter)
+    for model in (reloaded, peft_reloaded):
+        assert_same_tensors({name: p.data for name, p in adapter_of(model, adapter).items()}, files[0])
+    with torch.no_grad():
+        assert torch.equal(run(reloaded.eval()), run(ours.eval()))
+        assert torch.equal(run(peft_reloaded.eval()), run(theirs.eval()))
+
+
+def train(model: nn.Module, weights: dict[str, nn.Parameter], run: Run, steps: int = 5) -> dict[str, Tensor]:
+    """Outputs, the gradients of weights and, with several steps of AdamW on them, the outputs after these."""
+    optimizer = torch.optim.AdamW(weights.values(), lr=1e-3)
+    results: dict[str, Tensor] = {}
+    for _ in range(steps):
+        optimizer.zero_grad()
+        y = run(model)
+        y.square().mean().backward()
+        if not results:
+            results = {"outputs": y.detach()} | {f"gradient of {name}": p.grad.clone() for name, p in weights.items()}
+        optimizer.step()
+    return results | {"trained outputs": run(model).detach()} if steps > 1 else results
+
+
+def assert_trains_like(
+    make_two: Callable[[int], tuple[nn.Module, nn.Module]],
+    run: Run,
+    weights_of: Callable[[nn.Module], dict[str, nn.Parameter]] = adapter_of,
+    steps: int = 5,
+    exact_of: Callable[[nn.Module], nn.Module] = lambda eager: copy.deepcopy(eager).double(),
+) -> None:
+    """Holds the training of the first model to the error of the second one against what is exact, in float64.
+
+    The gradients count in units of their largest element. All are pooled, over several adapters too: the largest error
+    of one of them is a matter of luck.
+    """
+    pools: tuple[dict[str, list[Tensor]], ...] = ({}, {}, {})
+    for seed in range(3):
+        ours, eager = make_two(seed)
+        models = ours, eager, exact_of(eager)
+        results = [train(model.train(), weights_of(model), run, steps) for model in models]
+        for pool, result in zip(pools, results, strict=True):
+            for name, tensor in sorted(result.items()):
+                largest = results[2][name].abs().max()
+                unit = largest.to(tensor.dtype) if name.startswith("gradient") and largest > 0 else 1.0
+                pool.setdefault(name.split(" of ")[0], []).append((tensor / unit).flatten())
+    for name in pools[0]:
+        assert_as_accurate_as_eager(*(torch.cat(pool[name]) for pool in pools), name)
+
+
+def assert_trains_as_peft(make: Callable[[], nn.Module], settings: dict[str, Any], run: Run, **options: Any) -> None:
+    def make_two(seed: int) -> tuple[nn.Module, nn.Module]:
+        ours, theirs = make_pair(make, settings, seed)
+        return fill(ours, seed), fill(theirs, seed)
+
+    assert_trains_like(make_two, run, **options)
