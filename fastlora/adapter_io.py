@@ -115,10 +115,11 @@ def adapter_tensors(
     for name, layer in layers.items():
         for part, tensor in as_saved(layer, adapter, config).items():
             tensors[f"{PREFIX}{layer.name_in_files(name, adapter)}.{part}"] = tensor.contiguous()
-    for name, copy in trained.copies_of(model, adapter).items():
+    for name, copy in trained.copies_in_all_places(model, adapter).items():
         path, _, attribute = name.rpartition(".")
         base = "base_layer." if path in layers else ""
-        tensors[f"{PREFIX}{path}.{base}{attribute}"] = copy.detach().contiguous()
+        # A copy that stands in two places is in the file twice, as in PEFT's, which safetensors wants apart.
+        tensors[f"{PREFIX}{path}.{base}{attribute}"] = copy.detach().clone()
     return tensors
 
 
@@ -179,7 +180,9 @@ def _check_copies(
 ) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     wanted = trained.names_to_train(model, config, targets)
-    for name in sorted({*wanted, *copies}):
+    owners = {id(parameters[name]) for name in wanted}
+    elsewhere = {name for name in copies if name in parameters and id(parameters[name]) in owners}
+    for name in sorted({*wanted, *copies} - (elsewhere - {*wanted})):
         expected = list(parameters[name].shape) if name in wanted else "none"
         found = list(copies[name].shape) if name in copies else "none"
         if found != expected:

@@ -38,7 +38,7 @@ def take_embeddings(
     for name, own, parameter in _parameters(model):
         keys = [f"{PREFIX}{name}{infix}.{own}" for infix in _INFIXES]
         key = next((key for key in keys if key in tensors), None)
-        if key is None or _is_to_save(config, name):
+        if key is None or _is_to_save(config, name) or (own == "bias" and config.bias == "all"):
             continue
         tensor = tensors.pop(key).to(parameter.device, parameter.dtype)
         _check(f"{name}.{own}", parameter, tensor, folder)

@@ -92,10 +92,15 @@ def _sharing(places: dict[str, nn.Parameter], names: Sequence[str]) -> Iterator[
                 yield name, other
 
 
+def copies_in_all_places(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """An adapter's copies by the names of all parameters that they stand for."""
+    return model.__dict__.get(_COPIES, {}).get(adapter, {})
+
+
 def copies_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """An adapter's copies by parameter name; one that stands in several places goes by the first."""
     first: dict[int, str] = {}
-    copies: dict[str, nn.Parameter] = model.__dict__.get(_COPIES, {}).get(adapter, {})
+    copies = copies_in_all_places(model, adapter)
     for name, copy in copies.items():
         first.setdefault(id(copy), name)
     return {name: copies[name] for name in first.values()}
@@ -112,7 +117,7 @@ def put_in_place(model: nn.Module, adapters: Sequence[str]) -> None:
     """Puts the adapters' copies in place, and the originals everywhere else."""
     parameters = dict(model.__dict__.get(_ORIGINALS, {}))
     for adapter in adapters:
-        parameters |= model.__dict__.get(_COPIES, {}).get(adapter, {})
+        parameters |= copies_in_all_places(model, adapter)
     for name, parameter in parameters.items():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)

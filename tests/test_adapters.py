@@ -429,3 +429,16 @@ def test_64_adapters_take_their_own_memory_and_no_more():
     with torch.no_grad():
         alone = rows_one_by_one(model, batch, rows)
     assert (mixed - alone).abs().max() <= 64 * torch.finfo(torch.float32).eps * alone.abs().max()
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_dora_compiles_as_one_graph(quantize):
+    model = make_model("llama")
+    config = fastlora.LoraConfig(r=3, target_modules=TARGETS["llama"], use_dora=True)
+    fill(fastlora.patch(model, config=config, quantize=quantize)).train()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = torch.autograd.grad(model(**make_batch()).loss, [p for p in model.parameters() if p.requires_grad])
+    found = torch.autograd.grad(compiled(**make_batch()).loss, [p for p in model.parameters() if p.requires_grad])
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= 64 * torch.finfo(torch.float32).eps * other.abs().max()
