@@ -118,7 +118,7 @@ def _by_module(
         if not names:
             raise ValueError(f"{_FIELD}: expected names of embeddings, found {key!r}, which no module ends in")
         found |= {name: list(tokens) for name in names}
-    return found
+    return {name: found[name] for name in modules if name in found}  # a config's file has its keys in another order
 
 
 def _check(name: str, module: Any, tokens: list[int], targets: Iterable[str]) -> None:
