@@ -31,6 +31,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     """Writes the adapters of a patched model as PEFT does: "default" into `path`, any other into `path/<name>`.
 
     Each file is written under a temporary name, synced and renamed, so what was there survives a failure.
+    Embeddings that were resized since the base model was saved are written too, as nothing else has their new rows.
 
     Raises:
         ValueError: the model is not patched.
@@ -52,6 +53,8 @@ def load(
     quantize: str | None = None,
 ) -> nn.Module:
     """Puts an adapter folder of PEFT's format on a model, patched or not, and makes the adapter active.
+
+    Embeddings of the base model in the file replace those of the model, until `unload`.
 
     Args:
         adapter: the name that it gets in this model.

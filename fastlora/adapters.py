@@ -39,7 +39,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     """Makes adapters the active ones, whose low-rank parts add up; all train as they did and keep their weights.
 
     Raises:
-        ValueError: there is no adapter of that name, one is named twice, or one is merged.
+        ValueError: there is no adapter of that name, one is named twice, two train the same token, or one is merged.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:

@@ -40,16 +40,15 @@ def take_embeddings(
         key = next((key for key in keys if key in tensors), None)
         if key is None or _is_to_save(config, name) or not parameter.is_floating_point():
             continue
-        tensor = tensors.pop(key).to(parameter.device, parameter.dtype)
-        _check(f"{name}.{own}", parameter, tensor, folder)
-        if not torch.equal(parameter, tensor):
-            found[f"{name}.{own}"] = tensor
+        found[f"{name}.{own}"] = tensors.pop(key).to(parameter.device, parameter.dtype)
+        _check(f"{name}.{own}", parameter, found[f"{name}.{own}"], folder)
+    _check_shared(model, found, folder)
+    found = {name: tensor for name, tensor in found.items() if not torch.equal(_parameter(model, name), tensor)}
     if found and adapters(model):
         raise ValueError(
             f"{folder}: expected the embeddings that the model has, found others for {sorted(found)}, "
             f"which its adapters {sorted(adapters(model))} were not made for"
         )
-    _check_shared(model, found, folder)
     return found
 
 
