@@ -39,6 +39,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     original ones, with twice the rank, as PEFT does with `path_initial_model_for_weight_conversion`.
 
     Each file is written under a temporary name, synced and renamed, so what was there survives a failure.
+    Embeddings that were resized since the base model was saved are written too, as nothing else has their new rows.
 
     Raises:
         ValueError: the model is not patched.
@@ -64,6 +65,8 @@ def load(
 
     Where the folder's config names PiSSA, OLoRA or LoftQ, as PEFT writes it, the frozen weights are decomposed or
     quantised again, as PEFT does, and the original ones are kept as in `patch`.
+
+    Embeddings of the base model in the file replace those of the model, until `unload`.
 
     Args:
         adapter: the name that it gets in this model.

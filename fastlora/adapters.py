@@ -49,7 +49,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
 
     Raises:
         ValueError: there is no adapter of that name, one is named twice, one is merged, or two of them have
-            modules or biases of their own.
+            modules, biases or tokens of their own.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:

@@ -38,18 +38,18 @@ def take_embeddings(
     for name, own, parameter in _parameters(model):
         keys = [f"{PREFIX}{name}{infix}.{own}" for infix in _INFIXES]
         key = next((key for key in keys if key in tensors), None)
-        if key is None or _is_to_save(config, name) or (own == "bias" and config.bias == "all"):
+        trained = _is_to_save(config, name) or (own == "bias" and config.bias == "all")
+        if key is None or trained or not parameter.is_floating_point():
             continue
-        tensor = tensors.pop(key).to(parameter.device, parameter.dtype)
-        _check(f"{name}.{own}", parameter, tensor, folder)
-        if not torch.equal(parameter, tensor):
-            found[f"{name}.{own}"] = tensor
+        found[f"{name}.{own}"] = tensors.pop(key).to(parameter.device, parameter.dtype)
+        _check(f"{name}.{own}", parameter, found[f"{name}.{own}"], folder)
+    _check_shared(model, found, folder)
+    found = {name: tensor for name, tensor in found.items() if not torch.equal(_parameter(model, name), tensor)}
     if found and adapters(model):
         raise ValueError(
             f"{folder}: expected the embeddings that the model has, found others for {sorted(found)}, "
             f"which its adapters {sorted(adapters(model))} were not made for"
         )
-    _check_shared(model, found, folder)
     return found
 
 
@@ -82,8 +82,8 @@ def resized_embeddings(model: nn.Module, config: LoraConfig) -> dict[str, Tensor
     if not base or size is None or _size_on_disk(settings, base) in (None, size):
         return {}
     return {
-        f"{PREFIX}{name}{_infix(model.get_submodule(name))}.{own}": parameter.detach().clone()
-        for name, own, parameter in _parameters(model)
+        f"{PREFIX}{name}{_infix(model.get_submodule(name))}.{own}": _frozen(model.get_submodule(name), own).clone()
+        for name, own, _ in _parameters(model)
     }
 
 
@@ -95,21 +95,20 @@ def _size_on_disk(settings: Any, base: str) -> int | None:
         return None
 
 
-def _parameters(model: nn.Module) -> list[tuple[str, str, Tensor]]:
-    """Module name, own name and unmerged value of the parameters of the model's input embedding and output head."""
+def _parameters(model: nn.Module) -> list[tuple[str, str, nn.Parameter]]:
+    """Module name, own name and parameter of the model's input embedding and output head."""
     ends = input_embedding(model), output_embedding(model)
-    found = []
-    for name, module in model.named_modules():
-        if any(module is end for end in ends):
-            found += [(name, own, value) for own in ("weight", "bias") if (value := _frozen(module, own)) is not None]
-    return found
+    modules = [(name, module) for name, module in model.named_modules() if any(module is end for end in ends)]
+    named = [(name, own, module._parameters.get(own)) for name, module in modules for own in ("weight", "bias")]
+    return [(name, own, parameter) for name, own, parameter in named if parameter is not None]
 
 
-def _frozen(module: nn.Module, own: str) -> Tensor | None:
+def _frozen(module: Any, own: str) -> Tensor:
+    """A parameter of a module as it was before its adapters and its quantisation."""
     if isinstance(module, LinearLayer) and own == "weight" and module.weight_scale is not None:
         return module.dense_weight()
-    merged = isinstance(module, LoraLayer) and module.adapters_enabled and own in module._before_merge
-    return module._before_merge[own] if merged else module._parameters.get(own)  # type: ignore[index, return-value]
+    merged = module._before_merge if isinstance(module, LoraLayer) and module.adapters_enabled else {}
+    return merged.get(own, module._parameters[own]).detach()
 
 
 def _infix(module: nn.Module) -> str:

@@ -25,6 +25,9 @@ METHODS = ("cat", *RULES, *_ON_DELTAS)
 MAJORITY_SIGNS = ("total", "frequency")
 
 
+BEYOND_A_AND_B = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
+
+
 class _Part(NamedTuple):
     """One adapter's share in a layer: A `[R, K]`, B `[N, R]`, its weight in the combination and its scaling."""
 
@@ -109,7 +112,7 @@ def _check_adapters(model: nn.Module, adapters: Sequence[str], weights: Sequence
         if adapter not in known:
             raise ValueError(f"adapters: expected some of {known}, found {adapter!r}")
         config = adapter_configs(model)[adapter]
-        extras = [field for field in ("use_dora", "lora_bias") if getattr(config, field)]
+        extras = [field for field in BEYOND_A_AND_B if getattr(config, field)]
         if extras or copies_of(model, adapter):
             raise ValueError(
                 f"adapters: expected A and B alone, found {adapter!r} with {extras or 'trained parameters'}"
@@ -200,5 +203,6 @@ def _config(model: nn.Module, first: LoraConfig, names: list[str], rank: int, tr
         r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={},
         target_modules=shortest_targets(names, dict(model.named_modules())), exclude_modules=None,
         layers_to_transform=None, layers_pattern=None, bias="none", modules_to_save=None,
+        trainable_token_indices=None, target_parameters=None,
         inference_mode=not trainable,
     )  # fmt: skip

@@ -15,7 +15,8 @@ def merge(model: nn.Module, adapters: Sequence[str] | None = None) -> nn.Module:
     """Folds adapters, by default the active ones, into the weights: `W + scale * B A`, int8 again where W is int8.
 
     The weights from before are kept for `unmerge`, so merging takes their memory once more. A model that is
-    merged already stays as it is.
+    merged already stays as it is. An input embedding with an adapter gets a weight of its own; an output head that it
+    shared one with keeps the old one, and `model.config.tie_word_embeddings` becomes False until `unmerge`.
 
     Returns:
         The same model.

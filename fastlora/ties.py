@@ -13,7 +13,7 @@ from torch import nn
 
 from .adapters import patched_layers
 from .ends import input_embedding, output_embedding
-from .layers import LoraLayer, TokenLayer
+from .layers import TokenLayer
 from .log import logger
 
 _UNTIED = "fastlora_untied"
@@ -21,6 +21,7 @@ _UNTIED = "fastlora_untied"
 
 def check_foldable(model: nn.Module) -> None:
     """Raises ValueError where the active adapters cannot be folded into their layers' weights."""
+    names = _names_by_weight(model)
     for name, layer in patched_layers(model).items():
         adapters = tuple(adapter for adapter in layer.active_adapters if layer.has(adapter))
         if not adapters or layer.merged_adapters:
@@ -29,22 +30,20 @@ def check_foldable(model: nn.Module) -> None:
             layer.check_fold(adapters)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        _check_tie(model, name, layer)
+        others = [other for other in names[id(layer._parameters.get("weight"))] if other != name]
+        if len(others) > 1 and not isinstance(layer, TokenLayer):  # whose rows all of them use
+            raise ValueError(
+                f"merge: expected at most two modules with one weight, found {name!r}, which has an adapter, and "
+                f"{others}; load the model with tie_word_embeddings=False"
+            )
 
 
-def _check_tie(model: nn.Module, name: str, layer: LoraLayer) -> None:
-    if isinstance(layer, TokenLayer):
-        return  # all modules of the weight use the trained rows
-    weight = layer._parameters.get("weight")
-    others = [
-        other for other, module in model.named_modules()
-        if module is not layer and weight is not None and module._parameters.get("weight") is weight
-    ]  # fmt: skip
-    if len(others) > 1:
-        raise ValueError(
-            f"merge: expected at most two modules with one weight, found {name!r}, which has an adapter, and {others}; "
-            "load the model with tie_word_embeddings=False"
-        )
+def _names_by_weight(model: nn.Module) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {id(None): []}
+    for name, module in model.named_modules():
+        if (weight := module._parameters.get("weight")) is not None:
+            names.setdefault(id(weight), []).append(name)
+    return names
 
 
 def tie_config(model: nn.Module) -> None:

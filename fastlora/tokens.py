@@ -21,8 +21,8 @@ _FIELD = "trainable_token_indices"
 def find_tokens(model: nn.Module, config: LoraConfig, targets: Iterable[str] = ()) -> dict[str, list[int]]:
     """The layers that own trainable tokens by name, with their tokens.
 
-    A list means the model's input embedding. Of layers that share one weight only that embedding owns rows; the
-    others follow it, as in PEFT.
+    A list means the model's input embedding. Of layers that share one weight only that embedding, or else the first of
+    them, owns rows; the others follow it, as in PEFT.
 
     Args:
         targets: names of the modules that get LoRA matrices from the same config.
@@ -37,18 +37,19 @@ def find_tokens(model: nn.Module, config: LoraConfig, targets: Iterable[str] = (
     first = input_embedding(model)
     embedding = next((name for name, module in modules.items() if module is first), None)
     wanted = _by_module(modules, indices, embedding)
+    owners = {name: _owner(modules, name, embedding) for name in wanted}
     for name, tokens in wanted.items():
-        _check(name, modules[name], tokens, targets)
-        for other in sharing(modules, name):
-            _check(other, modules[other], tokens, targets)
-            if other == embedding and other not in wanted:
-                raise ValueError(f"{_FIELD}: expected {embedding!r}, found {name!r}, which shares its weight")
-            if wanted.get(other, tokens) != tokens:
-                raise ValueError(
-                    f"{_FIELD}: expected the same tokens for {name!r} and {other!r}, which share a weight, "
-                    f"found {tokens} and {wanted[other]}"
-                )
-    return {name: tokens for name, tokens in wanted.items() if not _follows(modules, name, wanted, embedding)}
+        for module in (name, *sharing(modules, name)):
+            _check(module, modules[module], tokens, targets)
+        owner = owners[name]
+        if owner not in wanted:
+            raise ValueError(f"{_FIELD}: expected {owner!r}, found {name!r}, which shares its weight")
+        if wanted[owner] != tokens:
+            raise ValueError(
+                f"{_FIELD}: expected the same tokens for {owner!r} and {name!r}, which share a weight, "
+                f"found {wanted[owner]} and {tokens}"
+            )
+    return {name: tokens for name, tokens in wanted.items() if owners[name] == name}
 
 
 def initial_rows(model: nn.Module, tokens: Mapping[str, Sequence[int]]) -> dict[str, Parts]:
@@ -118,7 +119,7 @@ def _by_module(
         if not names:
             raise ValueError(f"{_FIELD}: expected names of embeddings, found {key!r}, which no module ends in")
         found |= {name: list(tokens) for name in names}
-    return found
+    return {name: found[name] for name in modules if name in found}  # a config's file has its keys in another order
 
 
 def _check(name: str, module: Any, tokens: list[int], targets: Iterable[str]) -> None:
@@ -134,7 +135,7 @@ def _check(name: str, module: Any, tokens: list[int], targets: Iterable[str]) ->
         raise ValueError(f"{_FIELD}: expected tokens from 0 to {rows - 1} for {name!r}, found {outside[0]}")
 
 
-def _follows(modules: Mapping[str, Any], name: str, wanted: Mapping[str, list[int]], embedding: str | None) -> bool:
-    """Whether another wanted module that has the same weight owns the rows: the input embedding, else the first."""
-    group = [other for other in wanted if other == name or other in sharing(modules, name)]
-    return name != (embedding if embedding in group else group[0])
+def _owner(modules: Mapping[str, Any], name: str, embedding: str | None) -> str:
+    """Which of the modules with one weight owns its rows: the model's input embedding, else the first."""
+    group = {name, *sharing(modules, name)}
+    return embedding if embedding in group else next(other for other in modules if other in group)

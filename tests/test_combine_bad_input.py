@@ -55,3 +55,17 @@ def test_refuses_a_merged_and_an_unpatched_model():
     refused(model, "expected an unmerged model", lambda: fastlora.combine(model, NAMES, WEIGHTS, "new"))
     model = make_model("llama")
     refused(model, "expected one that was patched", lambda: fastlora.combine(model, NAMES, WEIGHTS, "new"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(use_dora=True), dict(lora_bias=True), dict(trainable_token_indices=[3]), dict(modules_to_save=["lm_head"])],
+    ids=str,
+)
+def test_more_than_a_and_b(settings):
+    model = make_model("llama")
+    config = fastlora.LoraConfig(r=2, target_modules=["q_proj"], **settings)
+    fastlora.patch(model, config=config, adapter="one")
+    with pytest.raises(ValueError, match="expected A and B alone, found more in 'one'"):
+        fastlora.combine(model, ["one"], [1.0], "new")
+    assert list(fastlora.adapters.adapters(model)) == ["one"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from models import make_batch, make_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from side_by_side import assert_same_output, fill, llama, output, patched, settings, wrapped
 
 import fastlora
@@ -103,6 +103,16 @@ def test_other_embeddings_under_other_adapters_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"found others for \['model.embed_tokens.weight'\], which its adapters"):
         fastlora.load(model, tmp_path)
     assert torch.equal(model.lm_head.weight, before)
+
+
+def test_two_values_for_one_embedding_are_refused(tmp_path):
+    saved_by_peft(tmp_path, change=1.0)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.weight"] = llama(True)().lm_head.weight.detach()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"one value for model.embed_tokens.weight and lm_head.weight, .* found two"):
+        fastlora.load(llama(True)(), tmp_path)
 
 
 def test_embeddings_of_another_size_are_refused(tmp_path):

@@ -218,6 +218,7 @@ REFUSED = {
         llama(True), tokens({"embed_tokens": [1], "lm_head": [2]}),
         r"same tokens for 'model.embed_tokens' and 'lm_head', which share a weight, found \[1\] and \[2\]",
     ),
+    "second of a tie": (head_with_bias, tokens({"2": [1]}, "1"), "expected '0', found '2', which shares its weight"),
     "no embedding": (embeddings(), tokens([1], "1"), "a dict by module name for a model without input embeddings"),
     "max_norm": (embeddings(max_norm=1.0), tokens({"0": [1]}, "1"), "without max_norm, .* found max_norm=1.0 at '0'"),
     "by frequency": (embeddings(scale_grad_by_freq=True), tokens({"0": [1]}, "1"), "without scale_grad_by_freq"),

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from .base import LoraLayer, Parts
 from .branch import dropout
 from .frozen_linear import FrozenLinear
@@ -93,6 +94,10 @@ class LoraEmbedding(FrozenLinear, nn.Embedding):  # type: ignore[misc]
 
     def _stored(self, weight: Tensor) -> Tensor:
         return weight.T
+
+    def _fold(self, w: Tensor, w_scale: Tensor | None, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        merged, none = ops.merge_rows(w.T, None, b.T, a.T, scale)  # row after row, as the weight lies in memory
+        return merged.T, none
 
     def _has_bias(self, adapters: tuple[str, ...]) -> bool:
         return False

@@ -157,6 +157,9 @@ class FrozenLinear(LoraLayer):
             bias=added.to(self.dense_dtype) if self.bias is None else (self.bias + added).to(self.bias.dtype)
         )
 
+    def _fold(self, w: Tensor, w_scale: Tensor | None, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return ops.merge_rows(w, w_scale, a, b, scale)
+
     def _merged(self, w: Tensor, w_scale: Tensor | None, adapters: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """Codes and scale, or the dense weight, with adapters folded in.
 
@@ -165,18 +168,18 @@ class FrozenLinear(LoraLayer):
         factors = {adapter: self._row_factor(adapter) for adapter in adapters if adapter in self.lora_magnitude}
         if len(adapters) == 1 and not factors:
             a, b = (tensor.detach() for tensor in self._matrices(adapters[0]))
-            return ops.merge_rows(w, w_scale, a, b, self.scaling[adapters[0]])
+            return self._fold(w, w_scale, a, b, self.scaling[adapters[0]])
         a, b = (tensor.detach() for tensor in self._stacked(adapters))
         if not factors:
-            return ops.merge_rows(w, w_scale, a, b, 1.0)
+            return self._fold(w, w_scale, a, b, 1.0)
         b = torch.cat([
             self.scaling[adapter] * self._matrices(adapter)[1] * factors.get(adapter, b.new_ones(1))[:, None]
             for adapter in adapters
         ], dim=1)  # fmt: skip
         rows = 1 + torch.stack([factor - 1 for factor in factors.values()]).sum(dim=0)
         if w_scale is not None:
-            return ops.merge_rows(w, w_scale * rows, a, b, 1.0)
-        merged, scale = ops.merge_rows(w.float() * rows[:, None], None, a, b, 1.0)
+            return self._fold(w, w_scale * rows, a, b, 1.0)
+        merged, scale = self._fold(w.float() * rows[:, None], None, a, b, 1.0)
         return merged.to(w.dtype), scale
 
     def dense_weight(self, adapters: tuple[str, ...] = ()) -> Tensor:
