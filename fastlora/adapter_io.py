@@ -148,7 +148,7 @@ def _fit(
 def _check_parts(name: str, module: Any, parts: Parts, config: LoraConfig, folder: Path) -> None:
     kind = kind_of(module)
     if kind is None:
-        raise ValueError(f"{folder}: expected a linear layer at {name!r}, found {type(module).__name__}")
+        raise ValueError(f"{folder}: expected a layer that takes adapters at {name!r}, found {type(module).__name__}")
     shapes = kind.shapes(module, rank_of(config, name))
     optional = {"lora_B.bias": config.lora_bias, "lora_magnitude_vector": config.use_dora}
     wanted = {part for part in shapes if optional.get(part, True)}

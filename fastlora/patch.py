@@ -41,13 +41,14 @@ def patch(
     PEFT's adapter. The new adapter becomes the active one.
 
     Args:
-        model: any module tree with `nn.Linear`, transformers `Conv1D` or bitsandbytes `Linear8bitLt` layers.
+        model: any module tree with `nn.Linear`, transformers `Conv1D`, bitsandbytes `Linear8bitLt` or `Linear4bit`, or
+            `nn.MultiheadAttention` layers; of other modules `config.target_parameters` adapts single parameters.
         r: rank.
         targets: a list of names or dotted suffixes, one regular expression for whole names, "all-linear", or None
             for the architecture's default.
         alpha: the low-rank part is scaled by alpha / r; None means r.
         dropout: probability to drop an element of the low-rank part's input while training.
-        quantize: "int8" stores the targets' frozen weights as int8 with a scale per output feature.
+        quantize: "int8" stores the frozen weights of linear targets as int8 with a scale per output feature.
         adapter: the adapter's name.
         config: a `LoraConfig`, or a `peft.LoraConfig`, in place of r, targets, alpha and dropout.
         allow_output_head: accept the model's output head as a target.

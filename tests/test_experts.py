@@ -535,6 +535,16 @@ def test_a_damaged_file_changes_nothing(tmp_path):
     assert_same_tensors(bits(model), before)
 
 
+def test_an_adapted_router_is_still_recorded():
+    """transformers finds routers by their class."""
+    model = patched(target_parameters=["gate.weight"])
+    outputs = model(input_ids=make_batch()["input_ids"], output_router_logits=True)
+    assert len(outputs.router_logits) == 2
+    with fastlora.disabled(model):
+        frozen = model(input_ids=make_batch()["input_ids"], output_router_logits=True)
+    assert not torch.equal(outputs.router_logits[0], frozen.router_logits[0])
+
+
 def test_all_linear_takes_no_parameters():
     model = fastlora.patch(make("mixtral"), r=2, targets="all-linear")
     assert {name.rpartition(".")[2] for name in lora_layers(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
