@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .config import LoraConfig
-from .layers import LoraLayer, LoraParameter, ParameterTarget, kind_of
+from .layers import LoraLayer, LoraParameter, ParameterTarget, is_linear4bit, kind_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,8 +72,9 @@ def _check(name: str, target: ParameterTarget) -> None:
         raise ValueError(f"target_parameters: expected modules without adapters of their own, found {name!r}")
     if parameter.dim() not in (2, 3):
         raise ValueError(f"target_parameters: expected 2 or 3 axes, found shape {list(parameter.shape)} at {name!r}")
-    if parameter.dtype not in DTYPES:
-        raise TypeError(f"target_parameters: expected one of {DTYPES}, found {parameter.dtype} at {name!r}")
+    if parameter.dtype not in DTYPES or is_linear4bit(module):
+        found = "4-bit codes" if is_linear4bit(module) else parameter.dtype
+        raise TypeError(f"target_parameters: expected one of {DTYPES}, found {found} at {name!r}")
 
 
 def places_in_files(model: nn.Module, config: LoraConfig) -> dict[str, Place]:

@@ -62,8 +62,8 @@ def patch(
     methods, and its layers run on fastlora's ops (`fastlora.integrations.peft`).
 
     Args:
-        model: any module tree with `nn.Linear`, `nn.Embedding`, `nn.Conv1d`, `2d` or `3d`, transformers `Conv1D` or
-            bitsandbytes `Linear8bitLt` layers.
+        model: any module tree with layers of the kinds in `fastlora.layers`: linear ones, also of transformers and
+            bitsandbytes, embeddings, convolutions, attention; `config.target_parameters` adapts single parameters.
         r: rank.
         targets: a list of names or dotted suffixes, one regular expression for whole names, "all-linear", or None
             for the architecture's default.

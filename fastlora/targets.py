@@ -34,6 +34,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict
     adaptable = {name: module for name, module in selected.items() if kind_of(module) is not None}
     if not selected and (config.target_modules or not parameters):
         raise ValueError(_nothing_found(config, modules))
+    for name in selected.keys() & {path.rpartition(".")[0] for path in parameters}:
+        raise ValueError(f"target_parameters: expected none of a module that is a target itself, found one of {name!r}")
     for name, module in selected.items():
         if name not in adaptable:
             raise TypeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def assert_files_go_both_ways(
     theirs.save_pretrained(folder / "theirs")
     files = [load_file(folder / writer / WEIGHTS_FILE) for writer in ("ours", "theirs")]
     assert_same_tensors(*files)
+    assert read_config(folder / "ours") == read_config(folder / "theirs")
     torch.manual_seed(0)
     reloaded = fastlora.load(make(), folder / "theirs", adapter)
     torch.manual_seed(0)
@@ -79,6 +81,13 @@ def assert_files_go_both_ways(
     with torch.no_grad():
         assert torch.equal(run(reloaded.eval()), run(ours.eval()))
         assert torch.equal(run(peft_reloaded.eval()), run(theirs.eval()))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of an adapter, whose lists PEFT writes in any order."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config.pop("peft_version")
+    return {name: sorted(value) if isinstance(value, list) else value for name, value in config.items()}
 
 
 def train(model: nn.Module, weights: dict[str, nn.Parameter], run: Run, steps: int = 5) -> dict[str, Tensor]:

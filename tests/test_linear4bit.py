@@ -327,6 +327,13 @@ def test_all_linear_takes_them(load_4bit):
     assert adapter_of(ours).keys() == adapter_of(theirs).keys()
 
 
+def test_codes_are_no_parameters_to_adapt(load_4bit):
+    config = fastlora.LoraConfig(target_modules=[], target_parameters=["q_proj.weight"])
+    for kind in ({}, KINDS["stored-as-bf16"]):
+        with pytest.raises(TypeError, match=r"target_parameters: expected one of .*, found 4-bit codes at"):
+            fastlora.patch(load_4bit(**kind), config=config)
+
+
 def test_refuses_another_quantisation(load_4bit):
     model = load_4bit()
     before = bits(model)

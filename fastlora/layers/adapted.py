@@ -7,6 +7,8 @@ fused experts of a mixture or `nn.MultiheadAttention`, reads `self.weight` and m
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +61,17 @@ class AdaptedWeight:
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         """L and s R in the dtype of W."""
         return [(left.to(self.dtype), (scale * right).to(self.dtype).contiguous()) for left, right, scale in self.terms]
+
+    def padded(self) -> AdaptedWeight:
+        """The same with a rank of whole 16 bytes, which the rows of grouped products need."""
+        multiple = 16 // self.frozen.element_size()
+        terms = []
+        for left, right, scale in self.terms:
+            missing = -left.shape[-1] % multiple
+            if missing:
+                left, right = F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))
+            terms.append((left, right, scale))
+        return AdaptedWeight(self.frozen, terms)
 
     def transpose(self, dim0: int, dim1: int) -> Any:
         if {dim0 % self.dim(), dim1 % self.dim()} != {self.dim() - 2, self.dim() - 1}:
@@ -133,6 +146,10 @@ def _product(func: Callable, x: Any, w: Any, **options: Any) -> Tensor:
     return y
 
 
+def _grouped_product(func: Callable, x: Any, w: Any, **options: Any) -> Tensor:
+    return _product(func, _dense(x), w.padded() if isinstance(w, AdaptedWeight) else w, **options)
+
+
 def _linear(func: Callable, x: Tensor, w: Any, bias: Tensor | None = None) -> Tensor:
     """`x W^T + bias`."""
     if not isinstance(w, AdaptedWeight):
@@ -141,6 +158,21 @@ def _linear(func: Callable, x: Tensor, w: Any, bias: Tensor | None = None) -> Te
     for left, right in w.factors():
         y = y + func(func(x, right), left)
     return y
+
+
+@functools.cache
+def teach_dynamo() -> None:
+    """Makes a compiler see a grouped product in a form that `__torch_function__` is asked about.
+
+    It is asked about public functions and about operators, but `F.grouped_mm` calls `torch._grouped_mm`.
+    """
+
+    def grouped_mm(mat_a, mat_b, *, offs=None, bias=None, out_dtype=None):  # type: ignore[no-untyped-def]
+        return torch.ops.aten._grouped_mm(mat_a, mat_b, offs=offs, bias=bias, out_dtype=out_dtype)
+
+    # Where there is a rule already, somebody else's or torch's own, it stands.
+    with contextlib.suppress(ValueError):
+        torch.compiler.substitute_in_graph(F.grouped_mm)(grouped_mm)
 
 
 def _key(func: Any) -> Any:
@@ -152,9 +184,11 @@ PRODUCTS: dict[Any, Callable] = {
     F.linear: _linear,
     **dict.fromkeys(
         (
-            torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__, F.grouped_mm,
-            torch._grouped_mm, "transformers::grouped_mm_fallback",
+            torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__,
         ),
         _product,
+    ),
+    **dict.fromkeys(
+        (F.grouped_mm, torch._grouped_mm, "aten::_grouped_mm", "transformers::grouped_mm_fallback"), _grouped_product
     ),
 }  # fmt: skip

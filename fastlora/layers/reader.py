@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedWeight, Term
+from .adapted import AdaptedWeight, Term, teach_dynamo
 from .base import LoraLayer, rebind_hooked_forward
 
 # How transformers' experts compute in torch; the others hand their weights to kernels of their own.
@@ -88,6 +88,7 @@ def _only_multiplies(module: Any, parameter: Tensor) -> bool:
 
 def adapt_parameter(module: Any, name: str, layer: WeightLayer) -> None:
     """Makes a parameter of a module read through a LoRA layer."""
+    teach_dynamo()
     module.__dict__.setdefault("adapted_by", {})[name] = layer
     module.__dict__["adapted_reads"] = None
     _set_class(module, getattr(module, "original_forward_class", type(module)))
