@@ -35,7 +35,10 @@ def patched_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """
     layers = lora_layers(model)
     if not layers:
-        raise ValueError(f"model: expected one that was patched, found {type(model).__name__} without LoRA layers")
+        advice = "; it keeps PEFT's methods for that" if callable(getattr(model, "add_weighted_adapter", None)) else ""
+        raise ValueError(
+            f"model: expected one that was patched, found {type(model).__name__} without LoRA layers{advice}"
+        )
     return layers
 
 
