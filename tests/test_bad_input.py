@@ -71,7 +71,12 @@ def test_patch_refuses(llama, arguments, message):
 
 def test_patch_refuses_target_of_another_kind(llama):
     call = lambda: fastlora.patch(llama, targets=["embed_tokens"])  # noqa: E731
-    refused(llama, "expected nn.Linear or Conv1D, found Embedding at 'model.embed_tokens'", call, TypeError)
+    refused(
+        llama,
+        "expected nn.Linear, Conv1D or nn.MultiheadAttention, found Embedding at 'model.embed_tokens'",
+        call,
+        TypeError,
+    )
 
 
 def test_patch_refuses_config_of_another_kind(llama):
