@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .adapters import adapters as adapter_configs
 from .adapters import check_new_name, check_unmerged, patched_layers
 from .config import LoraConfig
-from .layers import LoraLayer
+from .layers import LinearLayer, LoraLayer
 from .patch import attach
 from .targets import shortest_targets
 from .task_vectors import RULES, Pruning, factorize, factorize_product, merge_vectors
@@ -92,6 +92,9 @@ def combine(
     _check_method(method, rank, density, majority_sign)
     rank = rank or _default_rank([adapter_configs(model)[adapter] for adapter in adapters], method)
     pruning = None if density is None else Pruning(density, generator)
+    for n, layer in layers.items():
+        if not isinstance(layer, LinearLayer) and any(layer.has(adapter) for adapter in adapters):
+            raise ValueError(f"adapters: expected adapters on linear layers, found one on {n!r}")
     parts = {n: _parts(layer, adapters, weights) for n, layer in layers.items()}
     parts = {n: found for n, found in parts.items() if found}
     _check_parts(parts, method)

@@ -32,7 +32,8 @@ def loraplus_groups(
     for name, value in dict(lr=lr, ratio=ratio, weight_decay=weight_decay, embedding_lr=embedding_lr or 0.0).items():
         if not value >= 0:
             raise ValueError(f"{name}: expected a number of at least 0, found {value!r}")
-    b = {id(parameter) for layer in lora_layers(model).values() for parameter in layer.lora_B.parameters()}
+    found = [layer.parameters_of("lora_B") for layer in lora_layers(model).values()]
+    b = {id(parameter) for by_name in found for parameters in by_name.values() for parameter in parameters}
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     embedded = {id(parameter) for module in embeddings for parameter in module.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -69,7 +70,7 @@ def freeze_a(model: nn.Module, adapter: str | None = None) -> nn.Module:
     if adapter is not None and adapter not in adapters(model):
         raise ValueError(f"adapter: expected one of {sorted(adapters(model))}, found {adapter!r}")
     for layer in layers.values():
-        for name, a in layer.lora_A.items():
-            if adapter in (None, name):
+        for name, parameters in layer.parameters_of("lora_A").items():
+            for a in parameters if adapter in (None, name) else ():
                 a.requires_grad_(False)
     return model

@@ -185,8 +185,11 @@ def test_encoder_layers_read_the_adapters(grad):
         attention = plain.get_submodule(name)
         attention.in_proj_weight.data += layer.lora_B["default"] @ layer.lora_A["default"]
         attention.out_proj.weight.data += layer.lora_B_out["default"] @ layer.lora_A_out["default"]
+    torch.compiler.reset()
     with torch.set_grad_enabled(grad):
-        torch.testing.assert_close(model(x), plain(x), rtol=1e-12, atol=1e-12)
+        y = model(x)
+        torch.testing.assert_close(y, plain(x), rtol=1e-12, atol=1e-12)
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), y)
 
 
 def test_the_parameters_keep_their_names_and_places():

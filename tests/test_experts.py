@@ -24,8 +24,10 @@ import fastlora
 from fastlora.adapters import lora_layers
 from fastlora.layers.adapted import AdaptedWeight
 
-# What PEFT says of patterns that match parameters, and of what it reads from transformers.
-pytestmark = pytest.mark.filterwarnings("ignore:(The following (rank|alpha)_pattern|.*checkpointing. is deprecated)")
+# What PEFT says of patterns that match parameters and of what it reads from transformers, and dynamo of transformers.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(The following (rank|alpha)_pattern|.*checkpointing. is deprecated|Dynamo detected a call to a .functools)"
+)
 
 _SMALL = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY,
               num_key_value_heads=2, head_dim=8, num_experts_per_tok=2)  # fmt: skip
@@ -191,6 +193,41 @@ def test_autograd_keeps_no_adapted_experts():
     assert all(t.untyped_storage().data_ptr() in frozen for t in experts)
 
 
+X, W3, W2 = torch.Size([3, 5, 4]), torch.Size([3, 6, 4]), torch.Size([6, 4])
+OPERATIONS = {
+    "linear": (W2, X, lambda w, x: torch.nn.functional.linear(x, w)),
+    "linear-bias": (W2, X, lambda w, x: torch.nn.functional.linear(x, w, torch.arange(6.0).double())),
+    "bmm-left": (W3, X, lambda w, x: torch.bmm(w, x.transpose(1, 2))),
+    "bmm-right": (W3, X, lambda w, x: x.bmm(w.transpose(1, -1))),
+    "matmul": (W3, X, lambda w, x: x @ w.transpose(-2, -1)),
+    "matmul-left": (W3, X, lambda w, x: w @ x.mT),
+    "both": (W3, X, lambda w, x: w.transpose(1, 2) @ w),
+    "one-expert": (W3, X, lambda w, x: x[1] @ w[1].transpose(0, 1)),
+    "some-experts": (W3, X, lambda w, x: torch.bmm(w[torch.tensor([2, 0, 2])], x.mT)),
+    "masked-experts": (W3, X, lambda w, x: torch.bmm(w[torch.tensor([True, False, True])], x[:2].mT)),
+    "rows": (W2, X, lambda w, x: w[:3] @ x.mT),
+    "chunk": (W3, X, lambda w, x: torch.cat([part @ x.mT for part in w.chunk(2, dim=1)], dim=1)),
+    "other-transpose": (W3, X, lambda w, x: w.transpose(0, 1).sum(2)),
+    "einsum": (W3, X, lambda w, x: torch.einsum("eoi,eti->eto", w, x)),
+    "arithmetic": (W3, X, lambda w, x: torch.tanh(w) + w * 2 - (1 - w) / 3 + x.sum() * -w + w**2),
+    "iteration": (W3, X, lambda w, x: sum(x[i] @ expert.mT for i, expert in enumerate(w))),
+    "sizes": (W3, X, lambda w, x: x.new_tensor([*w.shape, w.size(1), *w.size(), w.dim(), len(w), w.ndim, w.numel()])),
+}
+
+
+@pytest.mark.parametrize(("shape", "x_shape", "operation"), OPERATIONS.values(), ids=OPERATIONS.keys())
+def test_an_adapted_weight_is_the_sum(shape, x_shape, operation):
+    """In whatever a module does with it."""
+    w, x = torch.randn(shape, dtype=torch.float64), torch.randn(x_shape, dtype=torch.float64)
+    terms = [
+        (torch.randn(*shape[:-1], r, dtype=w.dtype), torch.randn(*shape[:-2], r, shape[-1], dtype=w.dtype), s)
+        for r, s in ((2, 0.5), (3, 2.0))
+    ]
+    total = w + sum(scale * left @ right for left, right, scale in terms)
+    actual = operation(AdaptedWeight(w, terms), x)
+    torch.testing.assert_close(actual, operation(total, x), rtol=1e-12, atol=1e-12)
+
+
 class Table(nn.Module):
     """A module that nobody knows, with parameters that it does more with than multiply."""
 
@@ -312,6 +349,15 @@ def test_merge_is_the_rounded_sum_and_unmerge_exact(name, dtype):
     assert torch.equal(logits(model), expected)
 
 
+def test_a_merge_that_is_not_finite_changes_nothing():
+    model = patched()
+    before = frozen_bits(model)
+    lora_layers(model)["model.layers.1.mlp.experts.lora_down_proj"].lora_B["default"].data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp.*: expected a finite merged down_proj, found inf or nan"):
+        fastlora.merge(model)
+    assert_same_tensors(frozen_bits(model), before)
+
+
 @every_model
 def test_disabled_is_the_frozen_model(name):
     torch.manual_seed(0)
@@ -399,7 +445,6 @@ def test_compiles_the_grouped_product_of_transformers():
         assert_as_accurate_as_eager(value, eager[name], truth[name], name)
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize(("name", "implementation"), [case for case in CASES if case[1] != "eager"] + CASES[-1:])
 def test_compiled_experts_never_form_the_sum(name, implementation, monkeypatch):
     model = patched(name, implementation, torch.bfloat16 if implementation == "grouped_mm" else torch.float32).train()

@@ -322,6 +322,12 @@ def test_unpacks_what_bitsandbytes_packed_for_inference():
     assert x.grad.abs().sum() > 0
 
 
+def test_says_what_computes(load_4bit, caplog):
+    with caplog.at_level("INFO", logger="fastlora"):
+        fastlora.patch(load_4bit(), r=4, targets=TARGETS)
+    assert "6 layers, weights in float32; codes of 4 bits by bitsandbytes" in caplog.text
+
+
 def test_all_linear_takes_them(load_4bit):
     ours, theirs = make_pair(load_4bit, dict(r=4, target_modules="all-linear"))
     assert adapter_of(ours).keys() == adapter_of(theirs).keys()

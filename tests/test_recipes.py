@@ -133,3 +133,14 @@ def train(model, optimizer, steps=6):
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def test_attention_has_two_of_each():
+    """The adapter of the output projection counts, too."""
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2)})
+    fastlora.patch(model, r=2, targets=["attention"])
+    groups = {group["lr"]: group["params"] for group in fastlora.loraplus_groups(model, lr=1.0, ratio=4.0)}
+    assert sorted(len(members) for members in groups.values()) == [2, 2]
+    assert [p.shape[1] for p in groups[4.0]] == [2, 2]
+    fastlora.freeze_a(model)
+    assert all(p.shape[1] == 2 for p in model.parameters() if p.requires_grad)

@@ -103,9 +103,18 @@ class AdaptedWeight:
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         product = PRODUCTS.get(_key(func))
-        if product is None or len(args) != 2 + (product is _linear and len(args) == 3):
+        if product is None or not 2 <= len(args) <= (3 if product is _linear else 2):
             return func(*(_dense(arg) for arg in args), **{name: _dense(arg) for name, arg in kwargs.items()})
         return product(func, *args, **kwargs)
+
+
+def _of_the_sum(name: str) -> Callable:
+    return lambda self, *others: getattr(self.dense(), name)(*(_dense(other) for other in others))
+
+
+# Python looks for operators in the class alone.
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "neg"):
+    setattr(AdaptedWeight, f"__{_name}__", _of_the_sum(f"__{_name}__"))
 
 
 @torch.no_grad()
@@ -131,7 +140,7 @@ def _dense(value: Any) -> Any:
 
 
 def _product(func: Callable, x: Any, w: Any, **options: Any) -> Tensor:
-    """`x W` or, where only the first of the two is adapted, `W x`; `offs` says which rows go with which expert."""
+    """`x W` or, where only the first of the two is adapted, `W x`; `offs` bounds the groups of a grouped product."""
     if any(value is not None for name, value in options.items() if name != "offs"):
         return func(_dense(x), _dense(w), **options)
     if not isinstance(w, AdaptedWeight):
@@ -147,7 +156,9 @@ def _product(func: Callable, x: Any, w: Any, **options: Any) -> Tensor:
 
 
 def _grouped_product(func: Callable, x: Any, w: Any, **options: Any) -> Tensor:
-    return _product(func, _dense(x), w.padded() if isinstance(w, AdaptedWeight) else w, **options)
+    """`x W` with an expert per group of rows."""
+    x = _dense(x)
+    return _product(func, x, w.padded(), **options) if isinstance(w, AdaptedWeight) else func(x, w, **options)
 
 
 def _linear(func: Callable, x: Tensor, w: Any, bias: Tensor | None = None) -> Tensor:
@@ -183,10 +194,7 @@ def _key(func: Any) -> Any:
 PRODUCTS: dict[Any, Callable] = {
     F.linear: _linear,
     **dict.fromkeys(
-        (
-            torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__,
-        ),
-        _product,
+        (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__), _product
     ),
     **dict.fromkeys(
         (F.grouped_mm, torch._grouped_mm, "aten::_grouped_mm", "transformers::grouped_mm_fallback"), _grouped_product

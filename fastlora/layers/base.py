@@ -159,6 +159,15 @@ class LoraLayer(nn.Module):
         if mix is not None and any(self.has(name) for name in mix.adapters):
             raise ValueError(f"rows: expected adapters on linear layers, found one on {self.original_class.__name__}")
 
+    def parameters_of(self, part: str) -> dict[str, list[nn.Parameter]]:
+        """The parameters whose place is that of "lora_A" or "lora_B", by adapter."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for attribute in self.PARTS.values():
+            if attribute == part or attribute.startswith(f"{part}_"):
+                for name, parameter in getattr(self, attribute).items():
+                    found.setdefault(name, []).append(parameter)
+        return found
+
     def delete_adapter(self, name: str) -> None:
         for by_name in self._by_adapter():
             if name in by_name:
