@@ -25,7 +25,7 @@ TASK_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "s
 
 def saved_modules(config: LoraConfig) -> list[str]:
     """The names of whole modules that train with an adapter of this config."""
-    return [*(config.modules_to_save or []), *TASK_HEADS.get(config.task_type or "", [])]
+    return list(dict.fromkeys([*(config.modules_to_save or []), *TASK_HEADS.get(config.task_type or "", [])]))
 
 
 def is_saved(config: LoraConfig, name: str) -> bool:
@@ -43,7 +43,7 @@ def names_to_train(model: nn.Module, config: LoraConfig, targets: Sequence[str])
     parameters = {name: parameter for name, parameter in parameters.items() if ".lora_" not in name}
     ends = {wanted: _within(parameters, wanted) for wanted in saved_modules(config)}
     for wanted in config.modules_to_save or []:
-        if not ends[wanted]:
+        if not ends[wanted] and wanted not in TASK_HEADS.get(config.task_type or "", []):
             raise ValueError(f"modules_to_save: expected modules of this model with parameters, found {wanted!r}")
     found = list(dict.fromkeys(name for names in ends.values() for name in names))
     if config.bias == "all":

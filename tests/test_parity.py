@@ -157,6 +157,29 @@ def test_merges_switches_and_comes_off(cell):
     assert [type(module) for module in model.modules()] == [type(module) for module in build(name).modules()]
 
 
+@pytest.mark.parametrize(
+    ("name", "task"), [("roberta", "SEQ_CLS"), ("distilbert", "SEQ_CLS"), ("deberta-v2", "TOKEN_CLS")]
+)
+def test_heads_of_a_task_train_unasked(name, task, tmp_path):
+    settings = dict(r=2, target_modules=ZOO[name].targets, task_type=task)
+    first, second = build(name), build(name)
+    torch.manual_seed(7)
+    ours = shake(fastlora.patch(first, config=fastlora.LoraConfig(**settings)).eval())
+    torch.manual_seed(7)
+    theirs = shake(peft.get_peft_model(second, peft.LoraConfig(**settings)).double().eval())
+    assert trained(ours).keys() == trained(theirs).keys()
+    assert any("classifier" in key for key in trained(ours))
+    assert_close(logits(ours, name), logits(theirs, name), "logits")
+    fastlora.save(ours, tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = fastlora.load(build(name), tmp_path / "theirs").eval()
+    assert_close(logits(loaded, name), logits(theirs, name), "their file")
+    loaded = (
+        peft.PeftModel.from_pretrained(build(name), tmp_path / "ours", autocast_adapter_dtype=False).double().eval()
+    )
+    assert_close(logits(loaded, name), logits(ours, name), "our file")
+
+
 def test_the_table_in_the_docs():
     """It says which cells are run, and these are all."""
     assert (Path(__file__).parent.parent / "docs" / "parity.md").read_text() == table()
