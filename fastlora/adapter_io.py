@@ -25,6 +25,7 @@ from .log import logger
 from .parameters import places_in_files
 from .patch import attach
 from .quantize import check_quantizable
+from .replication import replicated
 from .targets import check_settings, rank_of
 from .tokens import take_tokens
 
@@ -85,6 +86,16 @@ def load(
     folder = Path(path)
     config = LoraConfig.from_folder(folder)
     tensors = read_tensors(folder)
+    with replicated(model, config, adapters(model)):
+        _add_saved(model, config, tensors, folder, adapter, trainable, quantize)
+    return model
+
+
+def _add_saved(
+    model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], folder: Path, adapter: str, trainable: bool,
+    quantize: str | None,
+) -> None:  # fmt: skip
+    """Adds an adapter with the tensors of a file, after every check."""
     rows = take_tokens(model, config, tensors, folder)
     embeddings = take_embeddings(model, config, tensors, folder)
     modules, weights, copies = fit(model, config, tensors, folder)
@@ -95,7 +106,6 @@ def load(
     config = replace(config, inference_mode=not trainable)
     replace_embeddings(model, embeddings, folder)
     attach(model, modules, weights | rows, config, adapter, quantize, trainable, copies, initial=initial)
-    return model
 
 
 def _as_peft_records(config: LoraConfig, model: nn.Module, layers: Mapping[str, LoraLayer]) -> LoraConfig:

@@ -185,7 +185,7 @@ SUPPORTED = {
     "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "task_type",
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "megatron_core", "qalora_group_size", "use_dora", "lora_bias", "target_parameters",
-    "trainable_token_indices", "bias", "modules_to_save",
+    "layer_replication",    "trainable_token_indices", "bias", "modules_to_save",
     *(name for name, _ in SETTINGS.values()),
     "ensure_weight_tying",
 }  # fmt: skip

@@ -15,6 +15,7 @@ from .adapters import (
     ACTIVE,
     REGISTRY,
     active_adapters,
+    adapters,
     check_new_name,
     check_original_weights,
     check_unmerged,
@@ -28,6 +29,7 @@ from .layers import LinearLayer, LoraLayer, adopt, kind_of, replace_weight
 from .layers.base import Parts
 from .log import logger
 from .quantize import check_quantizable, give_back_to_bitsandbytes, take_over_bitsandbytes
+from .replication import replicated, undo_replication
 from .targets import check_settings, find_targets, output_head, rank_of, scaling_of
 from .ties import check_foldable, tie_config, untie_config
 from .tokens import attach_tokens, find_tokens, initial_rows
@@ -83,6 +85,15 @@ def patch(
         ValueError, TypeError: an argument does not fit the model; the model is then as it was.
     """
     config = _config(r, targets, alpha, dropout, config)
+    with replicated(model, config, adapters(model)):
+        _add_new(model, config, quantize, adapter, allow_output_head, calibration)
+    return model
+
+
+def _add_new(
+    model: nn.Module, config: LoraConfig, quantize: str | None, adapter: str, allow_output_head: bool, calibration: Any
+) -> None:
+    """Adds an adapter of a config with initial tensors, after every check."""
     config, modules = find_targets(model, config)
     _check(model, modules, config, quantize, adapter, allow_output_head)
     check_settings(modules, config)
@@ -97,7 +108,6 @@ def patch(
         parts = {name: start.parts(config.lora_bias) for name, start in initial.items()}
     parts |= initial_rows(model, tokens)
     attach(model, modules, parts, config, adapter, quantize, initial=initial)
-    return model
 
 
 def attach(
@@ -193,6 +203,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     else:
         tie_config(model)
         give_embeddings_back(model)
+    undo_replication(model, keep=merge)
     give_back_to_bitsandbytes(model)
     return model
 

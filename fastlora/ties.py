@@ -21,8 +21,8 @@ _UNTIED = "fastlora_untied"
 
 def check_foldable(model: nn.Module) -> None:
     """Raises ValueError where the active adapters cannot be folded into their layers' weights."""
-    names = _names_by_weight(model)
-    for name, layer in patched_layers(model).items():
+    names, layers = _names_by_weight(model), patched_layers(model)
+    for name, layer in layers.items():
         adapters = tuple(adapter for adapter in layer.active_adapters if layer.has(adapter))
         if not adapters or layer.merged_adapters:
             continue
@@ -30,7 +30,9 @@ def check_foldable(model: nn.Module) -> None:
             layer.check_fold(adapters)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        others = [other for other in names[id(layer._parameters.get("weight"))] if other != name]
+        # Another layer with adapters, such as a repeat of this one, gets a folded weight of its own.
+        sharing = names[id(layer._parameters.get("weight"))]
+        others = [other for other in sharing if other != name and other not in layers]
         if len(others) > 1 and not isinstance(layer, TokenLayer):  # whose rows all of them use
             raise ValueError(
                 f"merge: expected at most two modules with one weight, found {name!r}, which has an adapter, and "

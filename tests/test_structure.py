@@ -24,7 +24,7 @@ LEVELS = [
      "fastlora.ends"},
     {"fastlora.targets", "fastlora.trained", "fastlora.adapters", "fastlora.mixing", "fastlora.quantize",
      "fastlora.inits", "fastlora.patch", "fastlora.merge", "fastlora.adapter_io", "fastlora.hotswap",
-     "fastlora.tokens", "fastlora.parameters", "fastlora.ties", "fastlora.base_embeddings",
+     "fastlora.tokens", "fastlora.parameters", "fastlora.replication", "fastlora.ties", "fastlora.base_embeddings",
      "fastlora.combine", "fastlora.task_vectors", "fastlora.recipes", "fastlora.prepare"},
     {"fastlora"},
     {"fastlora.integrations"},
