@@ -179,4 +179,4 @@ def copy_range(source: BinaryIO, output: BinaryIO, start: int, stop: int) -> Ite
 
 def write_tensor(output: BinaryIO, tensor: Tensor) -> int:
     """Writes a tensor's bytes, and returns how many."""
-    return output.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return output.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
