@@ -8,6 +8,7 @@ tensor = the adapter's                                         modules_to_save, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -26,7 +27,8 @@ BLOCK = 1 << 24  # elements of a tensor held at once
 LEADING = ("model.", "transformer.")  # what names of a bare model's checkpoint lack, and those of one with a head have
 INPUTS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared"}
 HEADS = {"lm_head", "embed_out", "output_projection", "decoder"}
-HEADLESS = ("Model", "Classification", "QuestionAnswering")  # ends of the names of classes without an output head
+# Classes without an output head; GPT2LMHeadModel has one.
+HEADLESS = re.compile(r".*((?<!Head)(?<!Heads)Model|Classification|QuestionAnswering)")
 PAIRS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
 
 
@@ -245,7 +247,7 @@ def _check_ties(changes: dict[str, Change], entries: dict[str, Entry], settings:
     tied = settings.get("tie_word_embeddings", text.get("tie_word_embeddings"))
     classes = [str(name) for name in settings.get("architectures") or []]
     if tied is None:
-        headless = any(name.endswith(HEADLESS) for name in classes)
+        headless = any(HEADLESS.fullmatch(name) for name in classes)
         tied = not headless and not any(_is_head(name) for name in entries)
     for name in changes:
         if f".{name}".endswith(".shared.weight") or (tied and (_is_input(name) or _is_head(name))):

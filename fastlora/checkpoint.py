@@ -59,6 +59,7 @@ def merge_checkpoint(
         OSError: the files cannot be read or written; a call with the same arguments goes on.
     """
     base, adapter, out = Path(base), Path(adapter), Path(out)
+    _check_device(device)
     shards = find_shards(base)
     settings = read_json(base / SETTINGS_FILE) if (base / SETTINGS_FILE).is_file() else {}
     entries = {entry.name: entry for shard in shards for entry in shard.entries}
@@ -80,6 +81,13 @@ def merge_checkpoint(
         _write(out / file.name, file.read_bytes())
     (out / MANIFEST).unlink()
     sync(out)
+
+
+def _check_device(device: Any) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise ValueError(f"device: expected one of this machine, found {device!r}: {error}") from None
 
 
 def _small_files(base: Path) -> list[Path]:

@@ -146,6 +146,50 @@ def test_names_of_a_bare_model(tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.parametrize("lead", ["", "model.transformer."])
+def test_adapters_of_other_leading_parts(lead, tmp_path):
+    """An adapter made for the bare model fits the files of the whole one; other names are refused."""
+    base = make_base("gpt2", torch.float32, tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=GPT2, fan_in_fan_out=True)
+    fastlora.merge_checkpoint(base, adapter, tmp_path / "expected")
+    rename(adapter, "base_model.model.transformer.", f"base_model.model.{lead}")
+    fastlora.merge_checkpoint(base, adapter, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    rename(adapter, f"base_model.model.{lead}", "base_model.model.text.")
+    with pytest.raises(ValueError, match=r"base_model\.model\.text\.h.*found none"):
+        fastlora.merge_checkpoint(base, adapter, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+def rename(adapter: Path, before: str, after: str) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors = {after + name.removeprefix(before): tensor for name, tensor in tensors.items()}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+
+
+def test_an_ambiguous_name_is_refused(folders, tmp_path):
+    _, adapter, out = folders
+    base = tmp_path / "two"
+    base.mkdir()
+    names = ["model.q.weight", "transformer.q.weight"]
+    save_file({name: torch.ones(48, 48) for name in names}, base / "model.safetensors")
+    parts = {f"base_model.model.q.lora_{part}.weight" for part in "AB"}
+    shapes = {"A": (4, 48), "B": (48, 4)}
+    save_file({name: torch.ones(shapes[name[-8]]) for name in parts}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="ambiguous"):
+        fastlora.merge_checkpoint(base, adapter, out)
+    assert not out.exists()
+
+
+def test_no_model_and_no_library_of_models_is_loaded(folders):
+    code = (
+        "import sys, fastlora, torch; torch.nn.Module.__init__ = None; fastlora.merge_checkpoint(*sys.argv[1:]); "
+        "print([name for name in ('transformers', 'peft', 'accelerate') if name in sys.modules])"
+    )
+    arguments = [sys.executable, "-c", code, *map(str, folders)]
+    assert subprocess.run(arguments, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 @pytest.fixture
 def folders(tmp_path):
     base = make_base("llama", torch.float32, tmp_path / "base")
@@ -243,6 +287,34 @@ def test_tied_weights_are_refused(settings, tmp_path):
     with pytest.raises(ValueError, match="tied"):
         fastlora.merge_checkpoint(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "tie"), [("gpt2", None), ("llama", True)])
+def test_ties_are_found_where_the_files_do_not_tell(name, tie, tmp_path):
+    """A config of an older release may not say that they are tied; one that says so is tied again when it is loaded."""
+    base = make_base(name, torch.float32, tmp_path / "base")
+    target = {"gpt2": "wte", "llama": "embed_tokens"}[name]
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=[target])
+    change_json(base / "config.json", tie_word_embeddings=tie)
+    with pytest.raises(ValueError, match="tied"):
+        fastlora.merge_checkpoint(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_embedding_of_a_model_without_a_head(tmp_path):
+    base = make_base("gpt2", torch.float32, tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["wte"])
+    change_json(base / "config.json", tie_word_embeddings=None, architectures=["GPT2Model"])
+    fastlora.merge_checkpoint(base, adapter, tmp_path / "out")
+    before, after = weights(base), weights(tmp_path / "out")
+    assert [name for name in before if not torch.equal(before[name], after[name])] == ["transformer.wte.weight"]
+
+
+def test_a_device_that_is_not_there(folders):
+    base, adapter, out = folders
+    with pytest.raises(ValueError, match="device: expected one of this machine, found 'nowhere'"):
+        fastlora.merge_checkpoint(base, adapter, out, device="nowhere")
+    assert not out.exists()
 
 
 def test_a_merged_weight_that_is_not_finite(tmp_path):
