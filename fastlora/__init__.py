@@ -16,6 +16,7 @@ from .adapters import (
     set_scale,
     trainable_parameters,
 )
+from .checkpoint import merge_checkpoint
 from .combine import combine
 from .config import LoraConfig
 from .hotswap import hotswap
@@ -39,6 +40,7 @@ __all__ = [
     "load",
     "loraplus_groups",
     "merge",
+    "merge_checkpoint",
     "mixed",
     "patch",
     "prepare_for_training",

@@ -234,10 +234,10 @@ def _write_folder(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) 
         save_file(tensors, weights, metadata={"format": "pt"})
         settings.write_text(config.to_json(), encoding="utf-8")
         for temporary in (weights, settings):
-            _sync(temporary)
+            sync(temporary)
         os.replace(weights, folder / WEIGHTS_FILE)
         os.replace(settings, folder / CONFIG_FILE)
-        _sync(folder)
+        sync(folder)
     except SafetensorError as error:
         raise OSError(f"{folder}: could not be written: {error}") from error
     finally:
@@ -245,7 +245,7 @@ def _write_folder(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) 
         settings.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until the file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -47,3 +47,35 @@ def quickstart(
         console.print(f"[red]failed[/] {problem}")
     if outcome.problems():
         raise typer.Exit(1)
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="Folder of a model's safetensors files.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter in PEFT's format.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the merged model, or an interrupted merge of these.")],
+    device: Annotated[str | None, typer.Option(help="Where to compute; default: the CPU.")] = None,
+) -> None:
+    """Fold an adapter into a model's files, without loading the model."""
+    from rich import progress
+    from rich.console import Console
+
+    from ..checkpoint import merge_checkpoint
+
+    console = Console(soft_wrap=True)
+    columns = (
+        progress.TextColumn("merging"), progress.BarColumn(), progress.DownloadColumn(),
+        progress.TransferSpeedColumn(), progress.TimeRemainingColumn(),
+    )  # fmt: skip
+    try:
+        # A pipe gets no bar, and its reader the last line alone.
+        with progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task("merging", total=None)
+            merge_checkpoint(
+                base, adapter, out, device=device,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )  # fmt: skip
+    except (OSError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"merged into {out}")

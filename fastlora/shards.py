@@ -1,0 +1,182 @@
+"""Checkpoints of safetensors files, read and written a piece at a time.
+
+A file is a header length (8 bytes, little-endian), a JSON header with a dtype, a shape and offsets for every tensor,
+and the tensors' bytes. A copy with other values of the same dtypes and shapes has the same header.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from .adapter_io import sync
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_HEADER = 100_000_000  # bytes, the limit of the format's own reader
+CHUNK = 1 << 22  # bytes copied at once
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a file: its dtype in the format's words, and where its bytes begin and end."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return math.prod(self.shape[1:])
+
+    def read(self, file: BinaryIO, rows: slice) -> Tensor:
+        """Rows of the tensor, as a tensor of its own."""
+        dtype = DTYPES[self.dtype]
+        shape = (len(range(*rows.indices(self.rows))), *self.shape[1:])
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=dtype)
+        file.seek(self.start + rows.start * self.columns * dtype.itemsize)
+        buffer = bytearray(math.prod(shape) * dtype.itemsize)
+        if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+            raise ValueError(f"{file.name}: expected {self.name} whole, found the end of the file")
+        return torch.frombuffer(buffer, dtype=dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: its tensors in the order of their bytes, which begin at `data` and end with the file."""
+
+    path: Path
+    entries: tuple[Entry, ...]
+    data: int
+    size: int
+
+
+def find_shards(folder: Path) -> list[Shard]:
+    """The headers of a checkpoint's files.
+
+    Raises:
+        ValueError: there is no checkpoint of safetensors files, or one is missing or damaged.
+    """
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        if not (folder / SINGLE_FILE).is_file():
+            raise ValueError(f"base: expected {SINGLE_FILE} or {INDEX_FILE}, found neither in {str(folder)!r}")
+        return [read_header(folder / SINGLE_FILE)]
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(v, str) for v in places.values()):
+        raise ValueError(f"{index}: expected a weight_map of tensor and file names, found {places!r}")
+    for name in set(places.values()):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: expected names of safetensors files beside it, found {name!r}")
+    shards = [read_header(folder / name) for name in sorted(set(places.values()))]
+    found = {entry.name: shard.path.name for shard in shards for entry in shard.entries}
+    if found != places or sum(len(shard.entries) for shard in shards) != len(found):
+        wrong = sorted({name for name in found | places if found.get(name) != places.get(name)})
+        raise ValueError(f"{index}: expected the tensors of its files, each once, found others: {wrong[:3]}")
+    return shards
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, found {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def read_header(path: Path) -> Shard:
+    """The tensors of a file.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a safetensors file, found none")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise ValueError(f"{path}: expected a whole safetensors file, found a header of {length} in {size} bytes")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = [_entry(name, values, 8 + length) for name, values in header.items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: expected a header of the safetensors format, found {error!r}") from None
+    entries.sort(key=lambda entry: (entry.start, entry.stop))
+    ends = [8 + length, *(entry.stop for entry in entries)]
+    for entry, end in zip(entries, ends, strict=False):
+        wanted = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else None
+        if entry.start != end or entry.stop < end or wanted not in (None, entry.stop - entry.start):
+            raise ValueError(f"{path}: expected {entry.name} to fill its place, found other offsets")
+    if ends[-1] != size:
+        raise ValueError(f"{path}: expected a whole safetensors file of {ends[-1]} bytes, found {size}")
+    return Shard(path, tuple(entries), 8 + length, size)
+
+
+def _entry(name: str, values: dict[str, Any], data: int) -> Entry:
+    start, stop = values["data_offsets"]
+    shape = tuple(values["shape"])
+    if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
+        raise ValueError(f"negative or broken sizes of {name}")
+    return Entry(name, str(values["dtype"]), shape, data + start, data + stop)
+
+
+@contextmanager
+def published(file: Path) -> Iterator[BinaryIO]:
+    """A file to write that has its name only once it is whole and on the disk."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        with partial.open("wb") as output:
+            yield output
+            output.flush()
+            os.fsync(output.fileno())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync(file.parent)
+
+
+def copy_range(source: BinaryIO, output: BinaryIO, start: int, stop: int) -> Iterator[int]:
+    """Copies bytes in chunks, and yields how many each time.
+
+    Raises:
+        ValueError: the source ends before.
+    """
+    source.seek(start)
+    while start < stop:
+        chunk = source.read(min(CHUNK, stop - start))
+        if not chunk:
+            raise ValueError(f"{source.name}: expected {stop - start} bytes more, found the end of the file")
+        output.write(chunk)
+        start += len(chunk)
+        yield len(chunk)
+
+
+def write_tensor(output: BinaryIO, tensor: Tensor) -> int:
+    """Writes a tensor's bytes, and returns how many."""
+    return output.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
