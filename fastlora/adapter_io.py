@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import trained
-from .adapters import adapters, check_new_name, check_original_weights, check_unmerged, patched_layers
+from .adapters import adapters, check_addable, patched_layers
 from .base_embeddings import replace_embeddings, resized_embeddings, take_embeddings
 from .config import CONFIG_FILE, PREFIX, LoraConfig
 from .inits import as_saved, initial_for_file, saved_config
@@ -80,9 +80,7 @@ def load(
     Raises:
         ValueError: the folder is not an adapter's, or does not fit the model; the model is then as it was.
     """
-    check_new_name(model, adapter)
-    check_unmerged(model)
-    check_original_weights(model)
+    check_addable(model, adapter)
     folder = Path(path)
     config = LoraConfig.from_folder(folder)
     tensors = read_tensors(folder)
@@ -195,13 +193,9 @@ def _check_copies(
     wanted = trained.names_to_train(model, config, targets)
     owners = {id(parameters[name]) for name in wanted}
     elsewhere = {name for name in copies if name in parameters and id(parameters[name]) in owners}
-    for name in sorted({*wanted, *copies} - (elsewhere - {*wanted})):
-        expected = list(parameters[name].shape) if name in wanted else "none"
-        found = list(copies[name].shape) if name in copies else "none"
-        if found != expected:
-            raise ValueError(f"{folder}: expected {name} of shape {expected}, found {found}")
-        if not torch.isfinite(copies[name]).all():
-            raise ValueError(f"{folder}: expected finite weights, found inf or nan in {name}")
+    shapes = {name: list(parameters[name].shape) for name in wanted}
+    # A parameter that stands in two places may be in the file twice, as PEFT writes it.
+    _check_tensors(shapes, {n: t for n, t in copies.items() if n in shapes or n not in elsewhere}, folder)
 
 
 def _check_parts(name: str, module: Any, parts: Parts, config: LoraConfig, folder: Path) -> None:
@@ -210,14 +204,22 @@ def _check_parts(name: str, module: Any, parts: Parts, config: LoraConfig, folde
         raise ValueError(f"{folder}: expected {ADAPTABLE} at {name!r}, found {type(module).__name__}")
     shapes = kind.shapes(module, rank_of(config, name))
     optional = {"lora_B.bias": config.lora_bias, "lora_magnitude_vector": config.use_dora}
-    wanted = {part for part in shapes if optional.get(part, True)}
-    for part in sorted(wanted | parts.keys()):
-        expected = shapes[part] if part in wanted else "none"
-        found = list(parts[part].shape) if part in parts else "none"
+    shapes = {part: shape for part, shape in shapes.items() if optional.get(part, True)}
+    _check_tensors(shapes, parts, folder, name)
+
+
+def _check_tensors(
+    shapes: dict[str, list[int]], tensors: dict[str, Tensor], folder: Path, owner: str | None = None
+) -> None:
+    """Raises ValueError unless the tensors have just these names and shapes and are finite."""
+    of_owner, in_owner = ("", "") if owner is None else (f" for {owner!r}", f" of {owner!r}")
+    for name in sorted(shapes.keys() | tensors.keys()):
+        expected = shapes.get(name, "none")
+        found = list(tensors[name].shape) if name in tensors else "none"
         if found != expected:
-            raise ValueError(f"{folder}: expected {part} of shape {expected} for {name!r}, found {found}")
-        if not torch.isfinite(parts[part]).all():
-            raise ValueError(f"{folder}: expected finite weights, found inf or nan in {part} of {name!r}")
+            raise ValueError(f"{folder}: expected {name} of shape {expected}{of_owner}, found {found}")
+        if not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"{folder}: expected finite weights, found inf or nan in {name}{in_owner}")
 
 
 def _warn_of_another_base(model: nn.Module, config: LoraConfig, folder: Path) -> None:

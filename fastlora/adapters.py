@@ -124,6 +124,13 @@ def set_scale(model: nn.Module, name: str, factor: float) -> None:
             layer.scaling[name] = factor * scaling_of(config, path)
 
 
+def check_addable(model: nn.Module, name: str) -> None:
+    """Raises ValueError where the model cannot take a new adapter of this name."""
+    check_new_name(model, name)
+    check_unmerged(model)
+    check_original_weights(model)
+
+
 def check_new_name(model: nn.Module, name: str) -> None:
     """Raises ValueError where the model cannot take an adapter of this name."""
     if name in adapters(model):

@@ -16,9 +16,7 @@ from .adapters import (
     REGISTRY,
     active_adapters,
     adapters,
-    check_new_name,
-    check_original_weights,
-    check_unmerged,
+    check_addable,
     patched_layers,
     set_adapter,
 )
@@ -131,8 +129,8 @@ def attach(
     names = trained.names_to_train(model, config, list(modules))
     _freeze(model)
     take_over_bitsandbytes(model)
-    for name, module in modules.items():
-        layer = adopt(module)
+    layers = {name: adopt(module) for name, module in modules.items()}
+    for name, layer in layers.items():
         start = (initial or {}).get(name)
         if start is not None and start.weight is not None:
             replace_weight(layer, start.weight, start.a, start.b)
@@ -147,7 +145,7 @@ def attach(
     model.__dict__.setdefault(REGISTRY, {})[adapter] = config
     if activate:
         set_adapter(model, adapter)
-    _log_paths(adapter, [adopt(module) for module in modules.values()])
+    _log_paths(adapter, layers.values())
 
 
 def _log_paths(adapter: str, layers: Iterable[LoraLayer]) -> None:
@@ -230,9 +228,7 @@ def _check(
     adapter: str,
     allow_output_head: bool,
 ) -> None:
-    check_new_name(model, adapter)
-    check_unmerged(model)
-    check_original_weights(model)
+    check_addable(model, adapter)
     head = output_head(model)
     if head in modules and not allow_output_head:
         raise ValueError(

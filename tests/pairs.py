@@ -54,6 +54,19 @@ def make_pair(make: Callable[[], nn.Module], settings: dict[str, Any], seed: int
     return ours, peft.get_peft_model(theirs, peft.LoraConfig(**settings))
 
 
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a model's state."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_is_original(model: nn.Module, original: nn.Module) -> None:
+    """A model from which everything was taken off again is what it was, and trains."""
+    assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
+    assert [m.__dict__.keys() for m in model.modules()] == [m.__dict__.keys() for m in original.modules()]
+    assert_same_tensors(bits(model), bits(original))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def assert_same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours
     assert ours.keys() == theirs.keys()

@@ -9,8 +9,10 @@ from accuracy import assert_as_accurate_as_eager
 from pairs import (
     adapter_of,
     assert_files_go_both_ways,
+    assert_is_original,
     assert_same_tensors,
     assert_trains_like,
+    bits,
     fill,
     make_pair,
     train,
@@ -113,10 +115,6 @@ def adapter_of_either(model):
         (term,) = model.get_submodule(owner).parametrizations[parameter]
         found |= {f"base_model.model.{name}.lora_{part}.weight": p for part, p in (("A", term.a), ("B", term.b))}
     return {name: p.requires_grad_() for name, p in found.items()}
-
-
-def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -227,10 +225,7 @@ def test_unload_gives_the_module_back(merged):
     if merged:
         fastlora.merge(model)
     fastlora.unload(model)
-    assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
-    assert [m.__dict__.keys() for m in model.modules()] == [m.__dict__.keys() for m in original.modules()]
-    assert_same_tensors(bits(model), bits(original))
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert_is_original(model, original)
 
 
 def test_unload_merges():

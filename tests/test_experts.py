@@ -12,8 +12,10 @@ from models import VOCABULARY, make_batch, make_model
 from pairs import (
     adapter_of,
     assert_files_go_both_ways,
+    assert_is_original,
     assert_same_tensors,
     assert_trains_as_peft,
+    bits,
     fill,
     make_pair,
     train,
@@ -90,10 +92,6 @@ def summed(model, name, adapter="default"):
             added = b[:, torch.arange(rank) * experts + expert] @ a[expert * rank : (expert + 1) * rank]
             weight[expert] += scale * (added.T if name == "gpt_oss" else added)
     return plain.eval()
-
-
-def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def frozen_bits(model):
@@ -377,10 +375,7 @@ def test_unload_gives_the_modules_back(name, merged):
     if merged:
         fastlora.merge(model)
     fastlora.unload(model)
-    assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
-    assert [m.__dict__.keys() for m in model.modules()] == [m.__dict__.keys() for m in original.modules()]
-    assert_same_tensors(bits(model), bits(original))
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert_is_original(model, original)
 
 
 def test_unload_merges():

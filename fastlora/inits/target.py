@@ -90,10 +90,9 @@ def features(module: Any) -> tuple[int, int]:
 
 def draw(target: Target) -> tuple[Tensor, Tensor]:
     """A `[R, K]` and B `[N, R]` as two new linear layers have them: what PEFT draws first, whatever the method."""
-    N, K = features(target.module)
-    device = "meta" if target.module.weight.is_meta else "cpu"
-    a = nn.Linear(K, target.rank, bias=False, device=device).weight.data
-    return a, nn.Linear(target.rank, N, bias=False, device=device).weight.data
+    kind: Any = kind_of(target.module)
+    a, b = kind.new_modules(target.module, target.rank, False, "meta" if target.module.weight.is_meta else "cpu")
+    return a.weight.data, b.weight.data
 
 
 def rounded(target: Target, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ its parameters' names, and changing the class back undoes it.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -184,13 +183,13 @@ class LoraLayer(nn.Module):
         """Everything that is kept by adapter name."""
         return [self.scaling, self.lora_dropout, *(getattr(self, attribute) for attribute in self.PARTS.values())]
 
-    def merge(self, adapters: Iterable[str] | None = None) -> None:
-        """Folds adapters, by default the active ones, into the weights; what was there is kept, so `unmerge` is exact.
+    def merge(self) -> None:
+        """Folds the active adapters into the weights; what was there is kept, so that `unmerge` is exact.
 
         Raises:
             ValueError: a merged weight is not finite, or the adapters cannot be folded.
         """
-        names = tuple(name for name in (self.active_adapters if adapters is None else adapters) if self.has(name))
+        names = tuple(name for name in self.active_adapters if self.has(name))
         if not names or self.merged_adapters:
             return
         self.check_fold(names)
@@ -252,8 +251,11 @@ class LoraLayer(nn.Module):
         rebind_hooked_forward(self)
 
     def extra_repr(self) -> str:
-        ranks = ", ".join(f"{name}: r={a.shape[0]}" for name, a in self.lora_A.items())
-        return ", ".join(filter(None, [super().extra_repr(), f"adapters=({ranks})"]))
+        return ", ".join(filter(None, [super().extra_repr(), self.ranks()]))
+
+    def ranks(self) -> str:
+        """The adapters and their ranks, in words."""
+        return f"adapters=({', '.join(f'{name}: r={a.shape[0]}' for name, a in self.lora_A.items())})"
 
 
 def _is_finite(parameter: nn.Parameter | None) -> bool:

@@ -54,7 +54,7 @@ class LinearLayer(FrozenLinear):
         return self._linear(x, None) + bias.to(x.dtype)
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        running = self.active_adapters if self.adapters_enabled and not self.merged_adapters else ()
+        running = self.running_adapters()
         if self.mix is not None and self.adapters_enabled:
             return self._mixed(x, bias, self.mix)
         if not running:
@@ -134,8 +134,7 @@ class LinearLayer(FrozenLinear):
     def extra_repr(self) -> str:
         kind = str(self.weight.dtype).removeprefix("torch.")
         N, K = self.features(self)
-        adapters = ", ".join(f"{name}: r={a.shape[0]}" for name, a in self.lora_A.items())
-        return f"in_features={K}, out_features={N}, weight={kind}, adapters=({adapters})"
+        return f"in_features={K}, out_features={N}, weight={kind}, {self.ranks()}"
 
 
 class LoraLinear(LinearLayer, nn.Linear):  # type: ignore[misc]
