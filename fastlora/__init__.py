@@ -6,8 +6,12 @@ fastlora.save(model, "adapter")
 fastlora.merge(model)
 """
 
-from .adapter_io import load, save
-from .adapters import (
+from .adapters.combine import combine
+from .adapters.files import load, save
+from .adapters.hotswap import hotswap
+from .adapters.mixing import mixed
+from .adapters.recipes import freeze_a, loraplus_groups
+from .adapters.registry import (
     delete_adapter,
     disabled,
     print_trainable_parameters,
@@ -16,16 +20,12 @@ from .adapters import (
     set_scale,
     trainable_parameters,
 )
-from .checkpoint import merge_checkpoint
-from .combine import combine
+from .checkpoints.merge import merge_checkpoint
 from .config import LoraConfig
-from .hotswap import hotswap
 from .integrations import patch, unload
 from .log import configure_from_environment
 from .merge import merge, unmerge
-from .mixing import mixed
 from .prepare import prepare_for_training, undo_prepare
-from .recipes import freeze_a, loraplus_groups
 
 __version__ = "0.1.0"
 configure_from_environment()

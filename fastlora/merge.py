@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .adapters import check_known, patched_layers, set_adapter
+from .adapters.registry import check_known, patched_layers, set_adapter
 from .layers import LoraLayer
-from .ties import check_foldable, tie_config, untie_config
+from .models.ties import check_foldable, tie_config, untie_config
 
 
 def merge(model: nn.Module, adapters: Sequence[str] | None = None) -> nn.Module:

@@ -10,27 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops, trained
-from .adapters import (
-    ACTIVE,
-    REGISTRY,
-    active_adapters,
-    adapters,
-    check_addable,
-    patched_layers,
-    set_adapter,
-)
-from .base_embeddings import give_embeddings_back, keep_embeddings
+from . import ops
+from .adapters import trained
+from .adapters.base_embeddings import give_embeddings_back, keep_embeddings
+from .adapters.registry import ACTIVE, REGISTRY, active_adapters, adapters, check_addable, patched_layers, set_adapter
+from .adapters.tokens import attach_tokens, find_tokens, initial_rows
 from .config import LoraConfig
 from .inits import PLAIN_INITS, Initial, check_no_calibration, initial_adapters, with_found_ranks
 from .layers import LinearLayer, LoraLayer, adopt, kind_of, replace_weight
 from .layers.base import Parts
 from .log import logger
+from .models.replication import replicated, undo_replication
+from .models.targets import check_settings, find_targets, output_head, rank_of, scaling_of
+from .models.ties import check_foldable, tie_config, untie_config
 from .quantize import check_quantizable, give_back_to_bitsandbytes, take_over_bitsandbytes
-from .replication import replicated, undo_replication
-from .targets import check_settings, find_targets, output_head, rank_of, scaling_of
-from .ties import check_foldable, tie_config, untie_config
-from .tokens import attach_tokens, find_tokens, initial_rows
 
 _TRAINED_BEFORE = "fastlora_trained_before"
 

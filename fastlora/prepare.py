@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .layers import Float32Head
-from .targets import output_head
+from .models.targets import output_head
 
 _PREPARED = "fastlora_prepared"
 _HALF = (torch.float16, torch.bfloat16)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.adapters import lora_layers
+from fastlora.adapters.registry import lora_layers
 
 PREFIX = "base_model.model."
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.adapters import lora_layers
+from fastlora.adapters.registry import lora_layers
 
 PREFIX = "base_model.model."
 _SMALL = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4, vocab_size=96)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fastlora
-from fastlora.adapters import active_adapters, adapters, lora_layers
+from fastlora.adapters.registry import active_adapters, adapters, lora_layers
 
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn"]}
 NAMES = ["a", "b", "c"]

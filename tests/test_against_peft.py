@@ -18,7 +18,7 @@ from torch import nn
 
 import fastlora
 from fastlora import ops
-from fastlora.architectures import DEFAULT_TARGETS
+from fastlora.models.architectures import DEFAULT_TARGETS
 
 # What PEFT says of settings that are meant here, and of what it reads from transformers.
 pytestmark = pytest.mark.filterwarnings("ignore:(fan_in_fan_out|.*alpha_pattern keys|.*checkpointing. is deprecated)")

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import fastlora
-from fastlora.adapters import lora_layers
+from fastlora.adapters.registry import lora_layers
 
 # PEFT says so of a model without a config.
 pytestmark = pytest.mark.filterwarnings("ignore:.*model config.*", "ignore:.*tied.*")

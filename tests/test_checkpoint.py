@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import fastlora
-from fastlora.checkpoint import MANIFEST
+from fastlora.checkpoints.merge import MANIFEST
+from fastlora.checkpoints.shards import write_tensor
 from fastlora.cli import app
-from fastlora.shards import write_tensor
 
 LLAMA, GPT2 = ["q_proj", "v_proj", "down_proj"], ["c_attn", "c_proj", "c_fc"]
 FEATURES = {
@@ -118,8 +118,8 @@ def test_other_parts_equal_merging_in_memory(name, settings, dtype, tmp_path):
 
 
 def test_one_file_and_small_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastlora.changes.BLOCK", 100)
-    monkeypatch.setattr("fastlora.shards.CHUNK", 1000)
+    monkeypatch.setattr("fastlora.checkpoints.changes.BLOCK", 100)
+    monkeypatch.setattr("fastlora.checkpoints.shards.CHUNK", 1000)
     base = make_base("llama", torch.bfloat16, tmp_path / "base", shards=False)
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=[*LLAMA, "embed_tokens"])
     calls = []
@@ -358,7 +358,7 @@ def check_unfinished(out: Path, expected: dict[str, bytes], partials: bool = Fal
     return MANIFEST in found or not whole
 
 
-@pytest.mark.parametrize("where", ["os.fsync", "os.replace", "fastlora.checkpoint.write_tensor"])
+@pytest.mark.parametrize("where", ["os.fsync", "os.replace", "fastlora.checkpoints.merge.write_tensor"])
 def test_a_full_disk(folders, monkeypatch, where):
     base, adapter, out = folders
     real = {"os.fsync": os.fsync, "os.replace": os.replace}.get(where, write_tensor)
@@ -396,7 +396,7 @@ def test_an_interrupted_merge_of_others_is_refused(folders, monkeypatch):
 # Merges in children that end as if killed from outside, each after another number of writes, syncs and renames.
 KILLED = """
 import os, random, signal, sys
-import fastlora, fastlora.checkpoint
+import fastlora, fastlora.checkpoints.merge
 calls, last = 0, 0
 def counted(function):
     def call(*arguments):
@@ -408,7 +408,7 @@ def counted(function):
         return result
     return call
 os.fsync, os.replace = counted(os.fsync), counted(os.replace)
-fastlora.checkpoint.write_tensor = counted(fastlora.checkpoint.write_tensor)
+fastlora.checkpoints.merge.write_tensor = counted(fastlora.checkpoints.merge.write_tensor)
 base, adapter, out = sys.argv[1:]
 fastlora.merge_checkpoint(base, adapter, out)
 for attempt, last in enumerate(sorted(random.Random(3).sample(range(1, calls + 1), 8))):

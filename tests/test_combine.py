@@ -10,8 +10,8 @@ from accuracy import assert_as_accurate_as_eager
 from models import MODELS, make_batch, make_model
 
 import fastlora
-from fastlora.adapters import adapters, lora_layers
-from fastlora.combine import METHODS
+from fastlora.adapters.combine import METHODS
+from fastlora.adapters.registry import adapters, lora_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:(fan_in_fan_out|.*density 1.0 is greater than or equal to 1)")
 

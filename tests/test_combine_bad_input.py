@@ -6,7 +6,7 @@ from test_bad_input import refused
 from test_combine import NAMES, WEIGHTS, ours
 
 import fastlora
-from fastlora.adapters import adapters
+from fastlora.adapters.registry import adapters
 
 REFUSED = {
     "unknown adapter": (dict(adapters=["one", "four"]), "adapters: expected some of .*found 'four'"),

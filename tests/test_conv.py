@@ -25,7 +25,7 @@ from side_by_side import (
 from torch import nn
 
 import fastlora
-from fastlora.adapters import lora_layers
+from fastlora.adapters.registry import lora_layers
 from fastlora.layers import LinearLayer
 from fastlora_kernels import reference
 

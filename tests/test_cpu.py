@@ -15,7 +15,7 @@ from models import make_model
 from safetensors.torch import load_file, save_file
 
 import fastlora
-from fastlora import pages
+from fastlora.layers import pages
 from fastlora_kernels import cpu, reference
 from fastlora_kernels.cpu import linear
 

@@ -28,7 +28,7 @@ from torch import nn
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
 import fastlora
-from fastlora.adapters import lora_layers
+from fastlora.adapters.registry import lora_layers
 from fastlora.layers import LinearLayer, LoraEmbedding
 from fastlora_kernels import reference
 

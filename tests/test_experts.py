@@ -23,7 +23,7 @@ from pairs import (
 from torch import nn
 
 import fastlora
-from fastlora.adapters import lora_layers
+from fastlora.adapters.registry import lora_layers
 from fastlora.layers.adapted import AdaptedWeight
 
 # What PEFT says of patterns that match parameters and of what it reads from transformers, and dynamo of transformers.

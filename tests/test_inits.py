@@ -9,7 +9,7 @@ from torch import nn
 
 import fastlora
 from fastlora.inits import Initial, with_found_ranks
-from fastlora.targets import pattern_value
+from fastlora.models.targets import pattern_value
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(fan_in_fan_out|.*corda.*|.*eva.*|.*[Ff]ull backward hook|.*checkpointing. is)"

@@ -14,7 +14,7 @@ from peft_inits import METHODS, MOVED, PEFT_HAS_NO_CONV1D, SEED, by_fastlora, by
 
 import fastlora
 from fastlora import ops
-from fastlora.adapters import lora_layers
+from fastlora.adapters.registry import lora_layers
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(fan_in_fan_out|.*corda.*|.*eva.*|Using Rank-Stabilized|.*changes the base weights|"

@@ -15,7 +15,7 @@ import fastlora
 from fastlora.inits import initial_adapters
 from fastlora.inits.corda import covariances
 from fastlora.inits.target import make_targets
-from fastlora.targets import find_targets
+from fastlora.models.targets import find_targets
 
 DATA_DRIVEN = ["eva", "corda", "lora_ga"]
 WEIGHT_DRIVEN = ["pissa", "pissa_niter_4", "olora", "loftq"]

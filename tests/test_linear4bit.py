@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, Training
 
 import fastlora
 from fastlora import ops
-from fastlora.adapters import lora_layers
+from fastlora.adapters.registry import lora_layers
 from fastlora_kernels import reference
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")

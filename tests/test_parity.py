@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from zoo import ZOO, build, inputs
 
 import fastlora
-from fastlora.adapters import lora_layers
-from fastlora.trained import copies_of
+from fastlora.adapters.registry import lora_layers
+from fastlora.adapters.trained import copies_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's and transformers' own
 

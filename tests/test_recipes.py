@@ -9,7 +9,7 @@ from test_bad_input import refused
 from torch import nn
 
 import fastlora
-from fastlora.adapters import lora_layers
+from fastlora.adapters.registry import lora_layers
 
 # What PEFT says of settings that are meant here, and of what it reads from transformers.
 pytestmark = pytest.mark.filterwarnings("ignore:(fan_in_fan_out|.*gradient_checkpointing.* is deprecated)")

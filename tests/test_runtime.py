@@ -11,7 +11,7 @@ from torch import nn
 
 import fastlora
 from fastlora import ops
-from fastlora.adapters import adapters, lora_layers
+from fastlora.adapters.registry import adapters, lora_layers
 from fastlora_kernels import reference
 
 KINDS = list(itertools.product(["llama", "gpt2"], [None, "int8"]))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from side_by_side import assert_same_output, fill, llama, output, patched, settings, wrapped
 
 import fastlora
-from fastlora.adapters import lora_layers
+from fastlora.adapters.registry import lora_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:(Model with .tie_word|Model has .tie_word|Setting .save_embedding)")
 

@@ -26,7 +26,7 @@ from side_by_side import (
 from torch import nn
 
 import fastlora
-from fastlora.adapters import lora_layers
+from fastlora.adapters.registry import lora_layers
 from fastlora.layers.tokens import TokenEmbedding, TokenHead
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model has .tie_word")

@@ -60,7 +60,7 @@ def merge(
     from rich import progress
     from rich.console import Console
 
-    from ..checkpoint import merge_checkpoint
+    from ..checkpoints.merge import merge_checkpoint
 
     console = Console(soft_wrap=True)
     columns = (

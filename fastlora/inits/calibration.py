@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import adapters, disabled
+from ..adapters.registry import adapters, disabled
 from .target import Target
 
 Batch = dict[str, Any]

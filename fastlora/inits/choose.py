@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import adapters
+from ..adapters.registry import adapters
 from ..config import LoraConfig
 from ..init_settings import PISSA
 from ..layers import LinearLayer, kind_of

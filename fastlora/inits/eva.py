@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoraConfig
-from ..targets import pattern_value
+from ..models.targets import pattern_value
 from .calibration import Batch, batches, counted_tokens, inputs_seen, token_mask, untouched
 from .components import Components
 from .target import Initial, Target, features

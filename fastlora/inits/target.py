@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..config import LoraConfig
 from ..layers import LinearLayer, is_linear8bit, kind_of, read_int8
 from ..layers.base import Parts
-from ..targets import pattern_value
+from ..models.targets import pattern_value
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..pages import release_pages
 from . import dora
 from .base import LoraLayer, Parts
 from .bitsandbytes import is_linear8bit, restore_linear8bit, take_int8
 from .draw import draw_pair
 from .original import Original, restore_weight
+from .pages import release_pages
 
 
 class FrozenLinear(LoraLayer):

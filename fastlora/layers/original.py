@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import ops
-from ..pages import release_pages
+from .pages import release_pages
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import adapters, lora_layers, patched_layers
+from .registry import adapters, lora_layers, patched_layers
 
 
 def loraplus_groups(

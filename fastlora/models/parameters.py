@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import LoraConfig
-from .layers import LoraLayer, LoraParameter, ParameterTarget, is_linear4bit, kind_of
+from ..config import LoraConfig
+from ..layers import LoraLayer, LoraParameter, ParameterTarget, is_linear4bit, kind_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..config import LoraConfig
+from ..layers import LoraLayer
+from ..models.targets import scaling_of
 from . import trained
-from .config import LoraConfig
-from .layers import LoraLayer
-from .targets import scaling_of
 
 REGISTRY = "fastlora_adapters"
 ACTIVE = "fastlora_active"

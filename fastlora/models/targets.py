@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from ..adapters.trained import is_saved
+from ..config import LoraConfig
+from ..layers import ADAPTABLE, LinearLayer, LoraParameter, kind_of
 from .architectures import DEFAULT_TARGETS
-from .config import LoraConfig
-from .layers import ADAPTABLE, LinearLayer, LoraParameter, kind_of
 from .parameters import find_parameters
-from .trained import is_saved
 
 ALL_LINEAR = "all-linear"
 LORA_PARTS = (nn.ParameterDict, LoraParameter)  # what adapters add to the module tree

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import patched_layers
+from ..adapters.registry import patched_layers
+from ..layers import TokenLayer
+from ..log import logger
 from .ends import input_embedding, output_embedding
-from .layers import TokenLayer
-from .log import logger
 
 _UNTIED = "fastlora_untied"
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .config import LoraConfig
-from .log import logger
+from ..config import LoraConfig
+from ..log import logger
 
 _COPIES = "fastlora_copies"  # on the model: the copies by adapter and parameter name
 _ORIGINALS = "fastlora_originals"  # on the model: the parameters whose places copies stand in, by name

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter_io import fit, read_tensors
-from .adapters import adapters, check_known, check_unmerged, lora_layers
-from .config import LoraConfig
-from .targets import scaling_of
+from ..config import LoraConfig
+from ..models.targets import scaling_of
+from .files import fit, read_tensors
+from .registry import adapters, check_known, check_unmerged, lora_layers
 from .trained import copies_of
 
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import adapters as adapter_configs
-from .adapters import check_new_name, check_unmerged, patched_layers
-from .config import LoraConfig
-from .layers import LinearLayer, LoraLayer
-from .patch import attach
-from .targets import shortest_targets
+from ..config import LoraConfig
+from ..layers import LinearLayer, LoraLayer
+from ..models.targets import shortest_targets
+from ..patch import attach
+from .registry import adapters as adapter_configs
+from .registry import check_new_name, check_unmerged, patched_layers
 from .task_vectors import RULES, Pruning, factorize, factorize_product, merge_vectors
 from .trained import copies_of
 

@@ -16,12 +16,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from . import ops
-from .config import PREFIX, LoraConfig
-from .inits.choose import changes_weight
-from .layers import dora
+from .. import ops
+from ..config import PREFIX, LoraConfig
+from ..inits.choose import changes_weight
+from ..layers import dora
+from ..models.targets import rank_of, scaling_of
 from .shards import DTYPES, Entry
-from .targets import rank_of, scaling_of
 
 BLOCK = 1 << 24  # elements of a tensor held at once
 LEADING = ("model.", "transformer.")  # what names of a bare model's checkpoint lack, and those of one with a head have

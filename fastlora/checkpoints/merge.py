@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from .adapter_io import WEIGHTS_FILE, read_tensors, sync
+from ..adapters.files import WEIGHTS_FILE, read_tensors, sync
+from ..config import CONFIG_FILE, LoraConfig
 from .changes import Change, find_changes
-from .config import CONFIG_FILE, LoraConfig
 from .shards import INDEX_FILE, Shard, copy_range, find_shards, published, read_json, write_tensor
 
 MANIFEST = ".fastlora-merge.json"

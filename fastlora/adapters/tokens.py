@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import PREFIX, LoraConfig
-from .ends import input_embedding
-from .layers import adopt_tokens, token_kind
-from .layers.base import Parts
-from .layers.tokens import ROWS
+from ..config import PREFIX, LoraConfig
+from ..layers import adopt_tokens, token_kind
+from ..layers.base import Parts
+from ..layers.tokens import ROWS
+from ..models.ends import input_embedding
 
 _FIELD = "trainable_token_indices"
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .config import LoraConfig
+from ..config import LoraConfig
 
 _BEFORE = "fastlora_before_replication"
 

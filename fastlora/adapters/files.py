@@ -14,19 +14,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..config import CONFIG_FILE, PREFIX, LoraConfig
+from ..inits import as_saved, initial_for_file, saved_config
+from ..layers import ADAPTABLE, LoraConv1D, LoraLayer, kind_of
+from ..layers.base import Parts
+from ..log import logger
+from ..models.parameters import places_in_files
+from ..models.replication import replicated
+from ..models.targets import check_settings, rank_of
+from ..patch import attach
+from ..quantize import check_quantizable
 from . import trained
-from .adapters import adapters, check_addable, patched_layers
 from .base_embeddings import replace_embeddings, resized_embeddings, take_embeddings
-from .config import CONFIG_FILE, PREFIX, LoraConfig
-from .inits import as_saved, initial_for_file, saved_config
-from .layers import ADAPTABLE, LoraConv1D, LoraLayer, kind_of
-from .layers.base import Parts
-from .log import logger
-from .parameters import places_in_files
-from .patch import attach
-from .quantize import check_quantizable
-from .replication import replicated
-from .targets import check_settings, rank_of
+from .registry import adapters, check_addable, patched_layers
 from .tokens import take_tokens
 
 WEIGHTS_FILE = "adapter_model.safetensors"

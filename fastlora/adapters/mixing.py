@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..layers.mixed import Mix
 from . import trained
-from .adapters import check_known, check_unmerged, patched_layers
-from .layers.mixed import Mix
+from .registry import check_known, check_unmerged, patched_layers
 
 
 @contextmanager

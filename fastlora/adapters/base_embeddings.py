@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import adapters
-from .config import PREFIX, LoraConfig
-from .ends import input_embedding, output_embedding
-from .layers import LinearLayer, LoraLayer, TokenLayer
-from .log import logger
+from ..config import PREFIX, LoraConfig
+from ..layers import LinearLayer, LoraLayer, TokenLayer
+from ..log import logger
+from ..models.ends import input_embedding, output_embedding
+from .registry import adapters
 
 _ROWS_BEFORE = "fastlora_embeddings_before"
 _INFIXES = (".token_adapter.base_layer", ".base_layer", "")  # where PEFT's wrappers have the module they wrap
