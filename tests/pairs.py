@@ -23,23 +23,25 @@ Run = Callable[[nn.Module], Tensor]  # a model's outputs on some batch
 
 
 def adapter_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """The parameters of an adapter by the names that PEFT's files give them."""
+    """The parameters of an adapter by the names that PEFT's files give them, in the order of the names."""
     if isinstance(model, peft.PeftModel):
-        named = ((name, p) for name, p in model.named_parameters() if f".{adapter}" in name and ".lora_" in name)
-        plain = {name.replace(f".{adapter}", ""): p for name, p in named}
-        return {name.replace("magnitude_vector.weight", "magnitude_vector"): p for name, p in plain.items()}
-    return {
-        f"{PREFIX}{layer.name_in_files(name, adapter)}.{part}": p
-        for name, layer in lora_layers(model).items()
-        for part, p in layer.parts(adapter).items()
-    }
+        named = {name: p for name, p in model.named_parameters() if f".{adapter}." in f"{name}."}
+        found = {name.replace(f".{adapter}", "").replace("_vector.weight", "_vector"): p for name, p in named.items()}
+    else:
+        found = {
+            f"{PREFIX}{layer.name_in_files(name, adapter)}.{part}": p
+            for name, layer in lora_layers(model).items()
+            for part, p in layer.parts(adapter).items()
+        }
+    return dict(sorted(found.items()))
 
 
 def fill(model: nn.Module, seed: int, adapter: str = "default") -> nn.Module:
-    """Random values for A and B, the same for every model of one shape; returns the model."""
+    """Random values for an adapter, the same for every model of one shape; returns the model."""
     generator = torch.Generator().manual_seed(seed)
-    for _, parameter in sorted(adapter_of(model, adapter).items()):
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    for name, parameter in adapter_of(model, adapter).items():
+        values = torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(values.abs() if "magnitude" in name else values / parameter[0].numel() ** 0.5)
     return model
 
 

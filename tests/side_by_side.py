@@ -12,13 +12,12 @@ import peft
 import torch
 import transformers
 from accuracy import assert_as_accurate_as_eager
+from pairs import PREFIX, adapter_of, assert_same_tensors, bits, fill
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.adapters.registry import lora_layers
 
-PREFIX = "base_model.model."
 _SMALL = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4, vocab_size=96)
 
 
@@ -41,29 +40,6 @@ def settings(*targets: str, **more: Any) -> dict[str, Any]:
     return dict(r=4, lora_alpha=8, target_modules=list(targets)) | more
 
 
-def parameters(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """The parameters of an adapter by the names that PEFT's files give them, in the order of the names."""
-    if isinstance(model, peft.PeftModel):
-        names = {n: p for n, p in model.named_parameters() if f".{adapter}." in f"{n}."}
-        found = {n.replace(f".{adapter}", "").replace("_vector.weight", "_vector"): p for n, p in names.items()}
-    else:
-        layers = lora_layers(model).items()
-        found = {f"{PREFIX}{n}.{part}": p for n, layer in layers for part, p in layer.parts(adapter).items()}
-    return dict(sorted(found.items()))
-
-
-def fill(model: nn.Module, seed: int, adapter: str = "default") -> nn.Module:
-    """Random values for an adapter, the same for every model of one shape."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in parameters(model, adapter).items():
-        values = torch.randn(parameter.shape, generator=generator)
-        if "magnitude" in name:
-            parameter.data.mul_(1 + values.to(parameter.dtype) / 10)
-        else:
-            parameter.data.copy_(values / parameter[0].numel() ** 0.5)
-    return model
-
-
 def patched(make: Callable[[], nn.Module], settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
     config = fastlora.LoraConfig(**settings)
     return fastlora.patch(make().to(dtype), config=config, allow_output_head=True)
@@ -84,14 +60,14 @@ def step(model: nn.Module, batch: dict[str, Tensor], adapter: str = "default") -
     model.zero_grad()
     y = output(model, batch)
     y.square().mean().backward()
-    gradients = {name: p.grad.clone() for name, p in parameters(model, adapter).items() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in adapter_of(model, adapter).items() if p.grad is not None}
     assert gradients
     return {"output": y.detach()} | gradients
 
 
 def train(model: nn.Module, batch: dict[str, Tensor], steps: int = 5) -> dict[str, Tensor]:
     """`step`, and the output after some steps of AdamW."""
-    optimizer = torch.optim.AdamW(parameters(model).values(), lr=1e-3)
+    optimizer = torch.optim.AdamW(adapter_of(model).values(), lr=1e-3)
     first = {}
     for _ in range(steps):
         found = step(model, batch)
@@ -144,9 +120,9 @@ def assert_same_output(ours: nn.Module, theirs: nn.Module, batch: dict[str, Tens
 def assert_same_draws(make: Callable[[], nn.Module], settings: dict[str, Any], dtype: torch.dtype) -> None:
     """One seed gives PEFT's adapter, bit for bit; a DoRA magnitude is no draw."""
     torch.manual_seed(5)
-    ours = parameters(patched(make, settings, dtype))
+    ours = adapter_of(patched(make, settings, dtype))
     torch.manual_seed(5)
-    theirs = parameters(wrapped(make, settings, dtype))
+    theirs = adapter_of(wrapped(make, settings, dtype))
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         assert ours[name].dtype == value.dtype, name
@@ -166,7 +142,7 @@ def assert_files_travel(
     theirs.save_pretrained(folder / "theirs")
     files = [load_file(folder / writer / "adapter_model.safetensors") for writer in ("ours", "theirs")]
     assert files[1].keys() - files[0].keys() == extra
-    assert files[0].keys() == parameters(ours).keys()
+    assert files[0].keys() == adapter_of(ours).keys()
     assert {name: t.shape for name, t in files[0].items()} == {
         name: t.shape for name, t in files[1].items() if name not in extra
     }
@@ -181,22 +157,11 @@ def assert_files_travel(
     assert not result.missing_keys
     back = fastlora.load(make(), folder / "theirs")
     for model, file in ((loaded, files[0]), (back, files[1])):
-        found = parameters(model)
+        found = adapter_of(model)
         assert found.keys() == file.keys() - extra
         assert all(torch.equal(found[name], file[name]) for name in found)
     assert_same_output(ours, loaded, batch)
     assert_same_output(back, theirs, batch)
-
-
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert one[name].dtype == other[name].dtype, name
-        assert torch.equal(one[name], other[name]), name
 
 
 def assert_merges(make: Callable[[], nn.Module], settings: dict[str, Any], batch: dict[str, Tensor]) -> None:
@@ -220,7 +185,7 @@ def assert_merges(make: Callable[[], nn.Module], settings: dict[str, Any], batch
     with torch.no_grad():
         assert torch.equal(output(model, batch), merged)
     fastlora.unmerge(model)
-    assert_same_bits(bits(model), frozen)
+    assert_same_tensors(bits(model), frozen)
     with torch.no_grad():
         assert torch.equal(output(model, batch), with_adapter)
     twin = copy.deepcopy(model)
@@ -240,7 +205,7 @@ def assert_undone(model: nn.Module, original: nn.Module) -> None:
     """Classes, attributes, parameters and which of them train are those of the original."""
     assert classes(model) == classes(original)
     assert [m.__dict__.keys() for m in model.modules()] == [m.__dict__.keys() for m in original.modules()]
-    assert_same_bits(bits(model), bits(original))
+    assert_same_tensors(bits(model), bits(original))
     assert [(n, p.requires_grad) for n, p in model.named_parameters()] == [
         (n, p.requires_grad) for n, p in original.named_parameters()
     ]

@@ -6,16 +6,13 @@ import pytest
 import torch
 import transformers
 from accuracy import assert_as_accurate_as_eager
+from pairs import adapter_of, assert_same_tensors, bits, fill
 from side_by_side import (
     assert_files_travel,
     assert_merges,
-    assert_same_bits,
     assert_same_draws,
     assert_trains_as_peft,
-    bits,
-    fill,
     output,
-    parameters,
     patched,
     seeded,
     settings,
@@ -156,12 +153,12 @@ def convolved(layer, x, dtype):
 def test_layers_are_as_accurate_as_eager(case, dtype):
     make, config, batch = CASES[case]
     model = fill(patched(make, config, dtype), 3).eval()
-    assert {p.dtype for p in parameters(model).values()} == {torch.float32}
+    assert {p.dtype for p in adapter_of(model).values()} == {torch.float32}
     layer, x = model[0], batch["x"].to(dtype)
     assert_as_accurate_as_eager(layer(x), convolved(layer, x, dtype), convolved(layer, x, torch.float64), case)
     before = bits(model)
     fastlora.unmerge(fastlora.merge(model))
-    assert_same_bits(bits(model), before)
+    assert_same_tensors(bits(model), before)
 
 
 # What PEFT cannot do
@@ -199,7 +196,7 @@ def test_groups_are_not_merged(case):
         with pytest.raises(ValueError, match=r": expected a convolution without groups to fold an adapter into, found"):
             call(model)
         assert torch.equal(output(model, batch), expected)
-    assert_same_bits(bits(fastlora.unload(model)), bits(make()))
+    assert_same_tensors(bits(fastlora.unload(model)), bits(make()))
 
 
 REFUSED = {
@@ -283,7 +280,7 @@ def test_compiles_without_a_graph_break(dora):
         model.zero_grad()
         y = call(CASES["2d"][2]["x"])
         y.square().mean().backward()
-        results.append({"output": y.detach()} | {n: p.grad.clone() for n, p in parameters(model).items()})
+        results.append({"output": y.detach()} | {n: p.grad.clone() for n, p in adapter_of(model).items()})
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 

@@ -7,17 +7,14 @@ import torch
 import transformers
 from accuracy import assert_as_accurate_as_eager
 from models import make_batch, make_model
+from pairs import adapter_of, assert_same_tensors, bits, fill
 from side_by_side import (
     assert_files_travel,
     assert_merges,
-    assert_same_bits,
     assert_same_draws,
     assert_trains_as_peft,
-    bits,
-    fill,
     llama,
     output,
-    parameters,
     patched,
     seeded,
     settings,
@@ -113,7 +110,7 @@ def scale_of(layer):
 def test_rows_are_as_accurate_as_eager(case, dtype):
     make, config = CASES[case]
     model = fill(patched(make, config, dtype), 3).eval()
-    assert {p.dtype for p in parameters(model).values()} == {torch.float32}
+    assert {p.dtype for p in adapter_of(model).values()} == {torch.float32}
     layers = [layer for layer in lora_layers(model).values() if isinstance(layer, LoraEmbedding)]
     assert layers
     for layer in layers:
@@ -123,7 +120,7 @@ def test_rows_are_as_accurate_as_eager(case, dtype):
     fastlora.merge(model)
     assert all(layer.weight.is_contiguous() for layer in layers)
     fastlora.unmerge(model)
-    assert_same_bits(bits(model), before)
+    assert_same_tensors(bits(model), before)
 
 
 # Dropout, which PEFT does not apply
@@ -198,7 +195,7 @@ def test_compiles_without_a_graph_break(dora):
         model.zero_grad()
         y = output(call, BATCH)
         y.square().mean().backward()
-        results.append({"output": y.detach()} | {n: p.grad.clone() for n, p in parameters(model).items()})
+        results.append({"output": y.detach()} | {n: p.grad.clone() for n, p in adapter_of(model).items()})
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
@@ -241,7 +238,7 @@ def test_padding_has_no_gradient():
     found = step(ours, batch)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
-    (gradient,) = (p.grad for n, p in parameters(ours).items() if n.endswith("_A"))
+    (gradient,) = (p.grad for n, p in adapter_of(ours).items() if n.endswith("_A"))
     assert gradient[:, 5].any()
     assert not gradient[:, 3].any()
 
@@ -262,7 +259,7 @@ def test_a_sparse_embedding_gets_dense_gradients():
     batch = {"x": torch.randint(20, (4, 9))}
     results = [step(fill(patched(lambda m=m: m, settings("0")), 3), batch) for m in (sparse, dense)]
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
-    assert all(p.grad.layout == torch.strided for p in parameters(sparse).values())
+    assert all(p.grad.layout == torch.strided for p in adapter_of(sparse).values())
 
 
 class Shifted(nn.Embedding):

@@ -5,8 +5,9 @@ import pytest
 import torch
 import transformers
 from models import make_batch, make_model
+from pairs import fill
 from safetensors.torch import load_file, save_file
-from side_by_side import assert_same_output, fill, llama, output, patched, settings, wrapped
+from side_by_side import assert_same_output, llama, output, patched, settings, wrapped
 
 import fastlora
 from fastlora.adapters.registry import lora_layers

@@ -5,18 +5,14 @@ import copy
 import pytest
 import torch
 from models import make_batch
+from pairs import PREFIX, adapter_of, assert_same_tensors, bits, fill
 from safetensors.torch import load_file, save_file
 from side_by_side import (
-    PREFIX,
     assert_merges,
-    assert_same_bits,
     assert_same_output,
     assert_undone,
-    bits,
-    fill,
     llama,
     output,
-    parameters,
     patched,
     seeded,
     settings,
@@ -60,7 +56,7 @@ def test_a_head_follows_the_embedding_of_its_weight():
     embedding, head = model.model.embed_tokens, model.lm_head
     assert isinstance(embedding, TokenEmbedding)
     assert isinstance(head, TokenHead)
-    assert [name for name in parameters(model) if "token" in name] == [
+    assert [name for name in adapter_of(model) if "token" in name] == [
         f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"
     ]
     assert sum("token_rows" in name for name, _ in model.named_parameters(remove_duplicate=False)) == 1
@@ -233,7 +229,7 @@ def test_refuses(make, config, message):
         fastlora.patch(model, config=fastlora.LoraConfig(**config), allow_output_head=True)
     assert not lora_layers(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert_same_bits(bits(model), before)
+    assert_same_tensors(bits(model), before)
 
 
 @pytest.mark.parametrize(
@@ -288,4 +284,4 @@ def test_load_refuses(damage, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         fastlora.load(model, tmp_path)
     assert not lora_layers(model)
-    assert_same_bits(bits(model), before)
+    assert_same_tensors(bits(model), before)

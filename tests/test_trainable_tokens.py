@@ -5,16 +5,14 @@ import torch
 import transformers
 from accuracy import assert_as_accurate_as_eager
 from models import make_batch, make_model
+from pairs import adapter_of, bits, fill
 from side_by_side import (
     assert_files_travel,
     assert_merges,
     assert_same_draws,
     assert_trains_as_peft,
-    bits,
-    fill,
     llama,
     output,
-    parameters,
     patched,
     seeded,
     settings,
@@ -124,5 +122,5 @@ def test_compiles_without_a_graph_break(case):
         model.zero_grad()
         y = output(call, batch)
         y.square().mean().backward()
-        results.append({"output": y.detach()} | {n: p.grad.clone() for n, p in parameters(model).items()})
+        results.append({"output": y.detach()} | {n: p.grad.clone() for n, p in adapter_of(model).items()})
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
