@@ -23,6 +23,7 @@ from .adapters.registry import (
 from .checkpoints.merge import merge_checkpoint
 from .config import LoraConfig
 from .integrations import patch, unload
+from .integrations.distributed import shard
 from .log import configure_from_environment
 from .merge import merge, unmerge
 from .prepare import prepare_for_training, undo_prepare
@@ -49,6 +50,7 @@ __all__ = [
     "save",
     "set_adapter",
     "set_scale",
+    "shard",
     "trainable_parameters",
     "undo_prepare",
     "unload",

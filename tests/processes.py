@@ -1,0 +1,64 @@
+"""Two processes that run one function, connected by gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PROCESSES = 2
+LIMIT = 120  # seconds, for processes that wait for each other to start on a busy machine
+
+# Children of a server that has imported what they need, and nothing of this process' state.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch.distributed.fsdp", "transformers", "models"])
+
+
+def run_in_two(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(rank, *arguments)` returns in each of two processes; numbers, strings and containers of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        ends, children = [], []
+        for rank in range(PROCESSES):
+            here, there = _context.Pipe(duplex=False)
+            child = _context.Process(target=_work, args=(rank, f"{folder}/store", there, function, arguments))
+            child.start()
+            there.close()
+            ends.append(here)
+            children.append(child)
+        try:
+            return _results(ends)
+        finally:
+            for child in children:
+                child.kill()
+                child.join()
+
+
+def _results(ends: list[Any]) -> list[Any]:
+    deadline = time.monotonic() + LIMIT
+    found = []
+    for rank, end in enumerate(ends):
+        if not end.poll(max(0.0, deadline - time.monotonic())):
+            raise TimeoutError(f"process {rank}: no result in {LIMIT} s")
+        result, error = end.recv()
+        if error:
+            raise AssertionError(f"process {rank} failed:\n{error}")
+        found.append(result)
+    return found
+
+
+def _work(rank: int, store: str, end: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
+    try:
+        end.send((function(rank, *arguments), ""))
+    except BaseException:
+        end.send((None, traceback.format_exc()))
+    dist.destroy_process_group()
