@@ -18,7 +18,10 @@ LIMIT = 120  # seconds, for processes that wait for each other to start on a bus
 
 # Children of a server that has imported what they need, and nothing of this process' state.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.fsdp", "transformers", "models"])
+_context.set_forkserver_preload([
+    "fastlora", "torch.distributed.checkpoint.state_dict", "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+])  # fmt: skip
 
 
 def run_in_two(function: Callable[..., Any], *arguments: Any) -> list[Any]:

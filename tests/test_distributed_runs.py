@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).with_name("training_loop.py")
 STEPS = 6
 LAUNCHERS = {
     "torchrun": (["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], "fsdp2"),
-    "accelerate": (["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+    "accelerate": (["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
                     "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1",
                     "--main_process_port", "0"], "accelerate"),
 }  # fmt: skip

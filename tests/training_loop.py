@@ -33,7 +33,7 @@ def train(rank, engine, folder, steps, dies_at=None):
     elif engine == "accelerate":
         from accelerate import Accelerator
 
-        accelerator = Accelerator()
+        accelerator = Accelerator(cpu=True)
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         backward = accelerator.backward
     torch.manual_seed(100 + rank)  # each process its own masks
