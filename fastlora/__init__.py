@@ -9,8 +9,9 @@ fastlora.merge(model)
 from .adapters.combine import combine
 from .adapters.files import load, save
 from .adapters.hotswap import hotswap
+from .adapters.mixed_training import MixedTraining
 from .adapters.mixing import mixed
-from .adapters.recipes import freeze_a, loraplus_groups
+from .adapters.recipes import adapter_groups, freeze_a, loraplus_groups
 from .adapters.registry import (
     delete_adapter,
     disabled,
@@ -23,6 +24,7 @@ from .adapters.registry import (
 from .checkpoints.merge import merge_checkpoint
 from .config import LoraConfig
 from .integrations import patch, unload
+from .integrations.distributed import shard
 from .log import configure_from_environment
 from .merge import merge, unmerge
 from .prepare import prepare_for_training, undo_prepare
@@ -32,6 +34,8 @@ configure_from_environment()
 
 __all__ = [
     "LoraConfig",
+    "MixedTraining",
+    "adapter_groups",
     "combine",
     "delete_adapter",
     "disabled",
@@ -49,6 +53,7 @@ __all__ = [
     "save",
     "set_adapter",
     "set_scale",
+    "shard",
     "trainable_parameters",
     "undo_prepare",
     "unload",

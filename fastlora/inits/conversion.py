@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..config import LoraConfig
 from ..layers import LoraLayer
 from ..log import logger
+from ..models.distributed import gathered
 from .choose import changes_weight, initial_adapters
 from .target import Initial
 
@@ -26,7 +27,7 @@ def as_saved(layer: LoraLayer, adapter: str, config: LoraConfig) -> dict[str, Te
 
     LoftQ's stay as they are, since `W - Q` has full rank: a file names the method, and loading it quantises W again.
     """
-    parts = {part: parameter.detach() for part, parameter in layer.parts(adapter).items()}
+    parts = gathered(dict(layer.parts(adapter)))
     before = getattr(layer, "original", None)
     if before is None or config.init_lora_weights == "loftq":
         return parts
