@@ -7,7 +7,7 @@ fastlora.merge(model)
 """
 
 from .adapters.combine import combine
-from .adapters.files import load, save
+from .adapters.files import save
 from .adapters.hotswap import hotswap
 from .adapters.mixing import mixed
 from .adapters.recipes import freeze_a, loraplus_groups
@@ -21,8 +21,9 @@ from .adapters.registry import (
     trainable_parameters,
 )
 from .checkpoints.merge import merge_checkpoint
+from .checkpoints.resume import last_checkpoint
 from .config import LoraConfig
-from .integrations import patch, unload
+from .integrations import load, patch, unload
 from .log import configure_from_environment
 from .merge import merge, unmerge
 from .prepare import prepare_for_training, undo_prepare
@@ -37,6 +38,7 @@ __all__ = [
     "disabled",
     "freeze_a",
     "hotswap",
+    "last_checkpoint",
     "load",
     "loraplus_groups",
     "merge",
