@@ -122,9 +122,8 @@ def _trained_state(model: nn.Module, state_dict: dict[str, Tensor] | None) -> di
     state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
     names = _trained_names(model)
     if missing := sorted(name for name in names if name not in state):
-        raise ValueError(
-            f"state_dict: expected all {len(names)} tensors that train, found {len(missing)} missing, such as {missing[0]!r}"
-        )
+        found = f"found {len(missing)} of them missing, such as {missing[0]!r}"
+        raise ValueError(f"state_dict: expected all {len(names)} tensors that train, {found}")
     return {name: state[name].detach() for name in names}
 
 
