@@ -65,8 +65,8 @@ def test_merged_with_untied_embedding(tmp_path):
     base.config.tie_word_embeddings = True
     base.tie_weights()
     model = fastlora.patch(base, r=4, targets=["embed_tokens"])
-    torch.nn.init.normal_(model.model.embed_tokens.lora_embedding_A["default"])
-    torch.nn.init.normal_(model.model.embed_tokens.lora_embedding_B["default"])
+    torch.nn.init.normal_(model.model.embed_tokens.lora_A["default"])
+    torch.nn.init.normal_(model.model.embed_tokens.lora_B["default"])
     fastlora.merge(model)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
