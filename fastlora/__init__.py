@@ -25,6 +25,7 @@ from .config import LoraConfig
 from .integrations import patch, unload
 from .log import configure_from_environment
 from .merge import merge, unmerge
+from .planning import plan
 from .prepare import prepare_for_training, undo_prepare
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "merge_checkpoint",
     "mixed",
     "patch",
+    "plan",
     "prepare_for_training",
     "print_trainable_parameters",
     "rename_adapter",
