@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from . import merge, plan, quickstart
+from . import env, merge, plan, quickstart
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-for module in (quickstart, plan, merge):
+for module in (quickstart, plan, merge, env):
     app.command(module.__name__.rpartition(".")[-1])(module.command)
 
 

@@ -111,7 +111,7 @@ def plan(
     """
     _check_sizes(batch, length)
     state_bytes(optimizer, [])
-    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    where = _device(device)
     source = find_model(model, dtype)
     found, own = source.model, source.adapter
     settings = (r, targets, dropout, config)
@@ -133,6 +133,13 @@ def plan(
         parameters=sum(row.parameters for row in rows), trainable=sum(row.trainable for row in rows),
         memory=memory, rows=rows, notes=notes + problem,
     )  # fmt: skip
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    try:
+        return torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError:
+        raise ValueError(f"device: expected one that torch knows, found {device!r}") from None
 
 
 def _check_sizes(batch: int, length: int) -> None:

@@ -16,6 +16,7 @@ from ..prepare import checkpointing_switch
 from .attention import assume_no_padding
 from .layers import find_repeated, only
 from .live import LiveBytes
+from .operators import GroupedProducts
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class _Step:
     def run(self, kept: dict[str, list[int]]) -> StepMemory:
         """A forward and a backward with some layers of the model's lists."""
         live = LiveBytes()
-        with only(self.model, kept), self.mode, _quiet():
+        with only(self.model, kept), self.mode, GroupedProducts(), _quiet():
             tensors = self._replace_tensors()
             with live:
                 live.ignore(*tensors)
