@@ -26,7 +26,7 @@ def command(
     model: Annotated[
         str, typer.Argument(help="Folder of a model or of an adapter, a config.json, or a hub id in the local cache.")
     ],
-    r: Annotated[int, typer.Option("--r", min=1, help="Rank.")] = 8,
+    r: Annotated[int, typer.Option("--r", help="Rank.")] = 8,
     targets: Annotated[
         str | None, typer.Option(help="Names with commas between, a regular expression, or all-linear.")
     ] = None,

@@ -45,6 +45,8 @@ def find_model(source: Any, dtype: torch.dtype | None) -> Source:
         TypeError: the source is nothing of this.
     """
     if isinstance(source, nn.Module):
+        if any(type(module).__module__.startswith("peft.") for module in source.modules()):
+            raise ValueError("model: expected a model without PEFT's layers, found some; plan its adapter's folder")
         return Source(_without_data(source, dtype))
     adapter = None
     if isinstance(source, (str, PathLike)):
