@@ -20,7 +20,9 @@ from .adapters.registry import (
     set_scale,
     trainable_parameters,
 )
+from .checkpoints.export import export_checkpoint
 from .checkpoints.merge import merge_checkpoint
+from .checkpoints.verify import verify_checkpoint
 from .config import LoraConfig
 from .integrations import patch, unload
 from .log import configure_from_environment
@@ -35,6 +37,7 @@ __all__ = [
     "combine",
     "delete_adapter",
     "disabled",
+    "export_checkpoint",
     "freeze_a",
     "hotswap",
     "load",
@@ -53,4 +56,5 @@ __all__ = [
     "undo_prepare",
     "unload",
     "unmerge",
+    "verify_checkpoint",
 ]

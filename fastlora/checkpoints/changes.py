@@ -52,8 +52,13 @@ class Change:
     added: Tensor | None = None
 
     @torch.no_grad()
-    def blocks(self, entry: Entry, file: BinaryIO, device: Any) -> Iterator[Tensor]:
+    def blocks(
+        self, entry: Entry, file: BinaryIO, device: Any, dtype: torch.dtype | None = None
+    ) -> Iterator[Tensor]:  # fmt: skip
         """The changed tensor, rows after rows.
+
+        Args:
+            dtype: that of the result, by default the tensor's; nothing is rounded to a narrower one on the way.
 
         Raises:
             ValueError: a value is not finite.
@@ -63,8 +68,8 @@ class Change:
         step = entry.rows if whole else max(1, BLOCK // max(1, entry.columns))
         for start in range(0, entry.rows, max(1, step)):
             rows = slice(start, start + step)
-            w = entry.read(file, rows) if self.replacement is None else self.replacement[rows].to(DTYPES[entry.dtype])
-            merged = self._applied(w.to(device), rows)
+            w = entry.read(file, rows) if self.replacement is None else self.replacement[rows]
+            merged = self._applied(w.to(device, dtype or DTYPES[entry.dtype]), rows)
             if not torch.isfinite(merged).all():
                 raise ValueError(f"{entry.name}: expected finite merged weights, found inf or nan")
             yield merged
@@ -142,12 +147,17 @@ def _change(changes: dict[str, Change], entries: dict[str, Entry], name: str, ke
         setattr(change, attribute, value)
 
 
+def same_tensor(name: str, entries: Iterable[str]) -> list[str]:
+    """What a tensor may be called in a checkpoint: names that have a leading part less or one more count too."""
+    if name in entries:
+        return [name]
+    near = {lead + name for lead in LEADING} | {name.removeprefix(lead) for lead in LEADING}
+    return sorted(near.intersection(entries))
+
+
 def _resolve(name: str, entries: Iterable[str], key: str) -> str:
     """The checkpoint's name of a tensor, which may lack a leading part or have one more."""
-    if name in entries:
-        return name
-    near = {lead + name for lead in LEADING} | {name.removeprefix(lead) for lead in LEADING}
-    found = sorted(near.intersection(entries))
+    found = same_tensor(name, entries)
     if len(found) == 1:
         return found[0]
     module, _, attribute = name.rpartition(".")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from . import merge, quickstart
+from . import export, merge, quickstart, verify
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-for module in (quickstart, merge):
+for module in (quickstart, merge, export, verify):
     app.command(module.__name__.rpartition(".")[-1])(module.command)
 
 
