@@ -226,7 +226,7 @@ def _check_shape(name: str, found: Iterable[int], expected: Iterable[int]) -> No
 
 def _check_layouts(config: LoraConfig, changes: dict[str, Change], entries: dict[str, Entry]) -> None:
     """Refuses a square weight where the layouts of the others contradict what the adapter's config says of it."""
-    linear = {name: change for name, change in changes.items() if change.a is not None and not _is_input(name)}
+    linear = {name: change for name, change in changes.items() if change.a is not None and not is_input(name)}
     square = [name for name in linear if len(set(entries[name].shape)) == 1]
     others = [name for name in linear if name not in square and linear[name].transposed != config.fan_in_fan_out]
     if square and others:
@@ -243,11 +243,13 @@ def _check_saved(config: LoraConfig, changes: dict[str, Change]) -> None:
             raise ValueError(f"modules_to_save: expected tensors of {module!r} in the adapter, found none")
 
 
-def _is_input(name: str) -> bool:
+def is_input(name: str) -> bool:
+    """Whether a tensor belongs to an input embedding."""
     return name.split(".")[-2:-1] != [] and name.split(".")[-2] in INPUTS
 
 
-def _is_head(name: str) -> bool:
+def is_head(name: str) -> bool:
+    """Whether a tensor is the weight of an output head."""
     return name.endswith(".weight") and name.split(".")[-2] in HEADS
 
 
@@ -258,9 +260,9 @@ def _check_ties(changes: dict[str, Change], entries: dict[str, Entry], settings:
     classes = [str(name) for name in settings.get("architectures") or []]
     if tied is None:
         headless = any(HEADLESS.fullmatch(name) for name in classes)
-        tied = not headless and not any(_is_head(name) for name in entries)
+        tied = not headless and not any(is_head(name) for name in entries)
     for name in changes:
-        if f".{name}".endswith(".shared.weight") or (tied and (_is_input(name) or _is_head(name))):
+        if f".{name}".endswith(".shared.weight") or (tied and (is_input(name) or is_head(name))):
             raise ValueError(
                 f"{name}: expected a tensor that is tied to no other, found one that the model's input embedding and "
                 "output head share; untie the base first (tie_word_embeddings false, and both tensors in its files)"

@@ -102,9 +102,8 @@ def _conversion(
     main = main_dtype(shards)
     if to in DENSE:
         return Conversion(changes, main, DENSE[to], None, Linears({}, []), device)
-    conv1d = experts = to == "bnb8"
-    linears = find_linears(settings, entries, conv1d=conv1d, experts=not experts)
-    return Conversion(changes, main, main, INT8_FORMATS[to], linears, device)
+    format = INT8_FORMATS[to]
+    return Conversion(changes, main, main, format, find_linears(settings, entries, format), device)
 
 
 def main_dtype(shards: list[Shard]) -> str:

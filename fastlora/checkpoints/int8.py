@@ -29,9 +29,18 @@ Specs = dict[str, tuple[str, tuple[int, ...]]]
 
 
 class Int8Format(Protocol):
-    """How a weight is stored in int8. Tensors are named by what comes after the module's name."""
+    """How a weight is stored in int8. Tensors are named by what comes after the module's name.
+
+    Attributes:
+        conv1d: whether transformers' Conv1D, a linear layer stored as `[K, N]`, can be in int8.
+        experts: whether experts that are stored one by one can be, which transformers puts together when it loads them.
+        patterns: whether layers to leave dense can be named by regular expressions that begin with "re:".
+    """
 
     name: str
+    conv1d: bool
+    experts: bool
+    patterns: bool
 
     def specs(self, N: int, K: int, dtype: str) -> Specs:
         """The stored tensors of a weight `[N, K]` of a model in `dtype`: their dtypes and shapes."""
@@ -61,6 +70,7 @@ class CompressedTensors:
     def __init__(self, packed: bool) -> None:
         self.packed = packed
         self.name = "pack-quantized" if packed else "int-quantized"
+        self.conv1d, self.experts, self.patterns = False, packed, True
 
     def specs(self, N: int, K: int, dtype: str) -> Specs:
         if not self.packed:
@@ -119,6 +129,7 @@ class BitsAndBytes:
     """The codes and scales of LLM.int8, which bitsandbytes makes from the weight in float16."""
 
     name = "bitsandbytes"
+    conv1d, experts, patterns = True, False, False
 
     def specs(self, N: int, K: int, dtype: str) -> Specs:
         return {"weight": ("I8", (N, K)), "SCB": ("F32", (N,)), "weight_format": ("U8", ())}

@@ -15,9 +15,11 @@ from torch import nn
 
 from ..log import logger
 from .changes import HEADS, INPUTS, same_tensor
+from .int8 import Int8Format
 from .shards import DTYPES, Entry
 
 EXPERT = re.compile(r"(.*\.)?experts\.\d+\.[^.]+")  # one projection of one expert, as checkpoints store them
+EXPERTS = r"re:.*\.experts\..*"  # all of them, in the words of compressed-tensors
 # Parts of the names of what is no linear layer, or of a router, where there is no class to ask.
 NOT_LINEAR = re.compile(r"(?i).*(norm|embed|router|position|score|classifier)|(.*\.)?(gate|wte|wpe|ln_\w+)")
 
@@ -35,25 +37,31 @@ class Linears:
     dense: list[str]
 
 
-def find_linears(settings: dict[str, Any], entries: dict[str, Entry], conv1d: bool, experts: bool) -> Linears:
-    """The linear layers of a checkpoint.
+def find_linears(settings: dict[str, Any], entries: dict[str, Entry], format: Int8Format) -> Linears:
+    """The linear layers of a checkpoint that a format stores in int8, and those that it leaves.
 
     Args:
         settings: its config.json.
         entries: its tensors.
-        conv1d: whether the format has transformers' Conv1D, a linear layer stored as `[K, N]`.
-        experts: whether the format has experts that are stored one by one.
 
     Raises:
         ValueError: there are none.
     """
     model = skeleton(settings)
-    found = _by_name(entries) if model is None else _by_class(model, entries, conv1d)
-    stored = set(_experts(entries)) if experts else set()
-    quantized = found.quantized | {f"{module}.weight": False for module in stored}
+    if format.patterns and not format.experts and _experts(entries):
+        raise ValueError(
+            f"base: expected a model without experts for {format.name}, found experts one by one, which transformers "
+            "reads in pack-quantized alone"
+        )
+    found = _by_name(entries) if model is None else _by_class(model, entries, format.conv1d)
+    experts = set(_experts(entries)) if format.experts else set()
+    quantized = found.quantized | {f"{module}.weight": False for module in experts}
     if not quantized:
-        raise ValueError("base: expected linear layers stored as [out, in], found none that int8 formats have")
-    return Linears(quantized, sorted(set(found.dense) - stored))
+        raise ValueError(f"base: expected linear layers that {format.name} has, found none")
+    dense = sorted(set(found.dense) - experts)
+    if format.patterns and any(".experts." in name and name not in quantized for name in entries):
+        dense.append(EXPERTS)
+    return Linears(quantized, dense)
 
 
 def skeleton(settings: dict[str, Any]) -> nn.Module | None:

@@ -12,6 +12,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,10 +20,10 @@ from ..adapters.files import WEIGHTS_FILE, read_tensors, write_folder
 from ..config import PREFIX, LoraConfig
 from ..init_settings import SETTINGS
 from ..models.targets import rank_of, scaling_of, shortest_targets
-from .changes import find_changes, same_tensor
+from .changes import find_changes, is_head, is_input, same_tensor
 from .folder import SETTINGS_FILE, filling, fingerprint, small_files, write_file
 from .report import ExportReport
-from .shards import Entry, find_shards, read_json
+from .shards import DTYPES, Entry, find_shards, read_json
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 # Projections that some versions of a model have as one, its rows one after the other.
@@ -52,6 +53,8 @@ def export_adapter(base: Path, adapter: Path, out: Path, portable: bool) -> Expo
     notes: list[str] = []
     if portable:
         config, tensors = portable_adapter(config, tensors, entries, notes)
+    else:
+        tensors = _without_copies(config, tensors, entries, notes)
     if not find_changes(config, tensors, entries, settings):
         raise ValueError(f"{adapter}: expected LoRA weights, found an empty file")
     config = _without_training(config)
@@ -68,6 +71,27 @@ def _without_training(config: LoraConfig) -> LoraConfig:
     """The config without how the adapter began, which says nothing of what it is now."""
     plain = LoraConfig()
     return replace(config, init_lora_weights=True, **{name: getattr(plain, name) for name, _ in SETTINGS.values()})
+
+
+def _without_copies(
+    config: LoraConfig, tensors: dict[str, Tensor], entries: dict[str, Entry], notes: list[str]
+) -> dict[str, Tensor]:
+    """The tensors without embeddings and heads that are the base's own, which PEFT adds where it cannot tell."""
+    copies = []
+    for key, tensor in tensors.items():
+        stored = same_tensor(key.removeprefix(PREFIX).replace(".base_layer.", "."), entries)
+        entry = entries[stored[0]] if len(stored) == 1 else None
+        saved = any(f".{module}." in key for module in config.modules_to_save or [])
+        if entry is None or saved or not (is_input(entry.name) or is_head(entry.name)):
+            continue
+        if entry.dtype not in DTYPES or entry.shape != tuple(tensor.shape):
+            continue
+        with entry.path.open("rb") as file:
+            if torch.equal(entry.read(file, slice(0, entry.rows)), tensor.to(DTYPES[entry.dtype])):
+                copies.append(key)
+    if copies:
+        notes.append(f"left out what is the base's own: {', '.join(copies)}")
+    return {key: tensor for key, tensor in tensors.items() if key not in copies}
 
 
 def portable_adapter(

@@ -37,6 +37,7 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     stop: int
+    path: Path
 
     @property
     def rows(self) -> int:
@@ -125,7 +126,7 @@ def read_header(path: Path) -> Shard:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            entries = [_entry(name, values, 8 + length) for name, values in header.items()]
+            entries = [_entry(name, values, 8 + length, path) for name, values in header.items()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: expected a header of the safetensors format, found {error!r}") from None
     entries.sort(key=lambda entry: (entry.start, entry.stop))
@@ -139,12 +140,12 @@ def read_header(path: Path) -> Shard:
     return Shard(path, tuple(entries), 8 + length, size)
 
 
-def _entry(name: str, values: dict[str, Any], data: int) -> Entry:
+def _entry(name: str, values: dict[str, Any], data: int, path: Path) -> Entry:
     start, stop = values["data_offsets"]
     shape = tuple(values["shape"])
     if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
         raise ValueError(f"negative or broken sizes of {name}")
-    return Entry(name, str(values["dtype"]), shape, data + start, data + stop)
+    return Entry(name, str(values["dtype"]), shape, data + start, data + stop, path)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from ..config import LoraConfig
 from .changes import Change, find_changes
 from .convert import Conversion
 from .folder import SETTINGS_FILE, check_device
-from .int8 import FLOAT32_UNIT, BitsAndBytes, format_of
+from .int8 import FLOAT32_UNIT, format_of
 from .linears import Linears, find_linears
 from .merge import Progress
 from .report import Comparison, TensorCheck, Verification
@@ -64,8 +64,8 @@ def verify_checkpoint(
     changes = find_changes(LoraConfig.from_folder(adapter), read_tensors(adapter), entries, settings)
     format = format_of(merged_settings)
     linears = Linears({}, [])
-    if isinstance(format, BitsAndBytes):  # the only one that stores weights the other way round than some models
-        linears = find_linears(settings, entries, conv1d=True, experts=False)
+    if format is not None and format.conv1d:  # such weights are stored the other way round
+        linears = find_linears(settings, entries, format)
     conversion = Conversion(changes, "", "", format, linears, device or "cpu")
     files = Files(found)
     done, total = 0, sum(shard.size for shard in shards)
