@@ -20,7 +20,9 @@ from .adapters.registry import (
     set_scale,
     trainable_parameters,
 )
+from .checkpoints.export import export_checkpoint
 from .checkpoints.merge import merge_checkpoint
+from .checkpoints.verify import verify_checkpoint
 from .config import LoraConfig
 from .integrations import patch, unload
 from .log import configure_from_environment
@@ -36,6 +38,7 @@ __all__ = [
     "combine",
     "delete_adapter",
     "disabled",
+    "export_checkpoint",
     "freeze_a",
     "hotswap",
     "load",
@@ -55,4 +58,5 @@ __all__ = [
     "undo_prepare",
     "unload",
     "unmerge",
+    "verify_checkpoint",
 ]

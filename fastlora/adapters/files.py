@@ -51,7 +51,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         folder = Path(path) if adapter == "default" else Path(path, adapter)
         own = {name: layer for name, layer in layers.items() if layer.has(adapter)}
         saved = _as_peft_records(saved_config(config, list(own.values())), model, own)
-        _write_folder(folder, adapter_tensors(model, own, adapter, config) | resized_embeddings(model, saved), saved)
+        write_folder(folder, adapter_tensors(model, own, adapter, config) | resized_embeddings(model, saved), saved)
 
 
 def load(
@@ -229,7 +229,8 @@ def _warn_of_another_base(model: nn.Module, config: LoraConfig, folder: Path) ->
         logger.warning("%s: the adapter was made for %r, and is put on %r", folder, wanted, found)
 
 
-def _write_folder(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
+def write_folder(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
+    """Writes an adapter folder: tensors under PEFT's names and their config, each file whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     weights, settings = folder / f".{WEIGHTS_FILE}.tmp", folder / f".{CONFIG_FILE}.tmp"
     try:
