@@ -7,7 +7,7 @@ fastlora.merge(model)
 """
 
 from .adapters.combine import combine
-from .adapters.files import load, save
+from .adapters.files import save
 from .adapters.hotswap import hotswap
 from .adapters.mixing import mixed
 from .adapters.recipes import freeze_a, loraplus_groups
@@ -22,9 +22,10 @@ from .adapters.registry import (
 )
 from .checkpoints.export import export_checkpoint
 from .checkpoints.merge import merge_checkpoint
+from .checkpoints.resume import last_checkpoint
 from .checkpoints.verify import verify_checkpoint
 from .config import LoraConfig
-from .integrations import patch, unload
+from .integrations import load, patch, unload
 from .log import configure_from_environment
 from .merge import merge, unmerge
 from .planning import plan
@@ -41,6 +42,7 @@ __all__ = [
     "export_checkpoint",
     "freeze_a",
     "hotswap",
+    "last_checkpoint",
     "load",
     "loraplus_groups",
     "merge",

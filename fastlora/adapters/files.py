@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -46,12 +46,18 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         ValueError: the model is not patched.
         OSError: the folder cannot be written.
     """
+    write_adapters(model, Path(path))
+
+
+def write_adapters(model: nn.Module, path: Path, value: Callable[[nn.Parameter], Tensor] = Tensor.detach) -> None:
+    """Does what `save` does, with the values that `value` gives for the adapters' parameters."""
     layers = patched_layers(model)
     for adapter, config in adapters(model).items():
-        folder = Path(path) if adapter == "default" else Path(path, adapter)
+        folder = path if adapter == "default" else path / adapter
         own = {name: layer for name, layer in layers.items() if layer.has(adapter)}
         saved = _as_peft_records(saved_config(config, list(own.values())), model, own)
-        write_folder(folder, adapter_tensors(model, own, adapter, config) | resized_embeddings(model, saved), saved)
+        tensors = adapter_tensors(model, own, adapter, config, value) | resized_embeddings(model, saved)
+        write_folder(folder, tensors, saved)
 
 
 def load(
@@ -119,18 +125,19 @@ def _as_peft_records(config: LoraConfig, model: nn.Module, layers: Mapping[str, 
 
 
 def adapter_tensors(
-    model: nn.Module, layers: Mapping[str, LoraLayer], adapter: str, config: LoraConfig
-) -> dict[str, Tensor]:
-    """The tensors of one adapter, which the layers have, under PEFT's names."""
+    model: nn.Module, layers: Mapping[str, LoraLayer], adapter: str, config: LoraConfig,
+    value: Callable[[nn.Parameter], Tensor] = Tensor.detach,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The tensors of one adapter, which the layers have, under PEFT's names; `value` gives those of parameters."""
     tensors = {}
     for name, layer in layers.items():
-        for part, tensor in as_saved(layer, adapter, config).items():
+        for part, tensor in as_saved(layer, adapter, config, value).items():
             tensors[f"{PREFIX}{layer.name_in_files(name, adapter)}.{part}"] = tensor.contiguous()
     for name, copy in trained.copies_in_all_places(model, adapter).items():
         path, _, attribute = name.rpartition(".")
         base = "base_layer." if path in layers else ""
         # A copy that stands in two places is in the file twice, as in PEFT's, which safetensors wants apart.
-        tensors[f"{PREFIX}{path}.{base}{attribute}"] = copy.detach().clone()
+        tensors[f"{PREFIX}{path}.{base}{attribute}"] = value(copy).clone()
     return tensors
 
 
