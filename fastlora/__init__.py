@@ -9,8 +9,9 @@ fastlora.merge(model)
 from .adapters.combine import combine
 from .adapters.files import save
 from .adapters.hotswap import hotswap
+from .adapters.mixed_training import MixedTraining
 from .adapters.mixing import mixed
-from .adapters.recipes import freeze_a, loraplus_groups
+from .adapters.recipes import adapter_groups, freeze_a, loraplus_groups
 from .adapters.registry import (
     delete_adapter,
     disabled,
@@ -26,6 +27,7 @@ from .checkpoints.resume import last_checkpoint
 from .checkpoints.verify import verify_checkpoint
 from .config import LoraConfig
 from .integrations import load, patch, unload
+from .integrations.distributed import shard
 from .log import configure_from_environment
 from .merge import merge, unmerge
 from .planning import plan
@@ -36,6 +38,8 @@ configure_from_environment()
 
 __all__ = [
     "LoraConfig",
+    "MixedTraining",
+    "adapter_groups",
     "combine",
     "delete_adapter",
     "disabled",
@@ -56,6 +60,7 @@ __all__ = [
     "save",
     "set_adapter",
     "set_scale",
+    "shard",
     "trainable_parameters",
     "undo_prepare",
     "unload",
