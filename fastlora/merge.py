@@ -8,7 +8,10 @@ from torch import nn
 
 from .adapters.registry import check_known, patched_layers, set_adapter
 from .layers import LoraLayer
+from .models.distributed import check_whole
 from .models.ties import check_foldable, tie_config, untie_config
+
+_ON_DISK = "save the adapter and fold it into the model's files with fastlora.merge_checkpoint"
 
 
 def merge(model: nn.Module, adapters: Sequence[str] | None = None) -> nn.Module:
@@ -22,13 +25,14 @@ def merge(model: nn.Module, adapters: Sequence[str] | None = None) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: the model is not patched, there is no adapter of a name, an adapter cannot be
+        ValueError: the model is not patched or is sharded, there is no adapter of a name, an adapter cannot be
             folded into its layer, or a merged weight would not be finite; nothing is merged then.
     """
     if adapters is not None:
         for adapter in adapters:
             check_known(model, adapter)
         set_adapter(model, adapters)
+    check_whole(model, _ON_DISK)
     check_foldable(model)
     todo = {name: layer for name, layer in patched_layers(model).items() if not layer.merged_adapters}
     finished = False
@@ -57,7 +61,9 @@ def unmerge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not patched.
     """
-    for layer in patched_layers(model).values():
+    layers = patched_layers(model).values()
+    check_whole(model)
+    for layer in layers:
         layer.unmerge()
     tie_config(model)
     return model

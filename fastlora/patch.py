@@ -20,6 +20,7 @@ from .inits import PLAIN_INITS, Initial, check_no_calibration, initial_adapters,
 from .layers import LinearLayer, LoraLayer, adopt, kind_of, replace_weight
 from .layers.base import Parts
 from .log import logger
+from .models.distributed import check_whole
 from .models.replication import replicated, undo_replication
 from .models.targets import check_settings, find_targets, output_head, rank_of, scaling_of
 from .models.ties import check_foldable, tie_config, untie_config
@@ -177,9 +178,10 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     Raises:
         ValueError: the model is not patched, or an adapter cannot be folded into its layer; nothing changes then.
     """
+    layers = patched_layers(model)
+    check_whole(model)
     if merge:
         check_foldable(model)
-    layers = patched_layers(model)
     trained.release(model, active_adapters(model), keep=merge)
     for layer in layers.values():
         layer.release(merge)

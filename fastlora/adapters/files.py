@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,6 +20,7 @@ from ..inits import as_saved, initial_for_file, saved_config
 from ..layers import ADAPTABLE, LoraConv1D, LoraLayer, kind_of
 from ..layers.base import Parts
 from ..log import logger
+from ..models.distributed import gathered, in_first_process, is_sharded, keep_shards_alone, rank
 from ..models.parameters import places_in_files
 from ..models.replication import replicated
 from ..models.targets import check_settings, rank_of
@@ -40,10 +42,14 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     original ones, with twice the rank, as PEFT does with `path_initial_model_for_weight_conversion`.
 
     Each file is written under a temporary name, synced and renamed, so what was there survives a failure.
+
+    Under DDP, pass the model itself, not what wraps it, in one process or in all. A model that FSDP2 has sharded has
+    to be saved by every process: its adapters are gathered, the frozen weights are not, and the first process writes.
+
     Embeddings that were resized since the base model was saved are written too, as nothing else has their new rows.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or spread over processes by another engine than FSDP2.
         OSError: the folder cannot be written.
     """
     write_adapters(model, Path(path))
@@ -52,12 +58,14 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
 def write_adapters(model: nn.Module, path: Path, value: Callable[[nn.Parameter], Tensor] = Tensor.detach) -> None:
     """Does what `save` does, with the values that `value` gives for the adapters' parameters."""
     layers = patched_layers(model)
+    keep_shards_alone(model)
     for adapter, config in adapters(model).items():
         folder = path if adapter == "default" else path / adapter
         own = {name: layer for name, layer in layers.items() if layer.has(adapter)}
         saved = _as_peft_records(saved_config(config, list(own.values())), model, own)
-        tensors = adapter_tensors(model, own, adapter, config, value) | resized_embeddings(model, saved)
-        _write_folder(folder, tensors, saved)
+        tensors = adapter_tensors(model, own, adapter, config, value) | gathered(resized_embeddings(model, saved))
+        write = functools.partial(write_folder, folder, tensors, saved)
+        in_first_process(write) if is_sharded(model) else write()
 
 
 def load(
@@ -133,11 +141,12 @@ def adapter_tensors(
     for name, layer in layers.items():
         for part, tensor in as_saved(layer, adapter, config, value).items():
             tensors[f"{PREFIX}{layer.name_in_files(name, adapter)}.{part}"] = tensor.contiguous()
-    for name, copy in trained.copies_in_all_places(model, adapter).items():
+    copies = {name: value(copy) for name, copy in trained.copies_in_all_places(model, adapter).items()}
+    for name, copy in gathered(copies).items():
         path, _, attribute = name.rpartition(".")
         base = "base_layer." if path in layers else ""
         # A copy that stands in two places is in the file twice, as in PEFT's, which safetensors wants apart.
-        tensors[f"{PREFIX}{path}.{base}{attribute}"] = value(copy).clone()
+        tensors[f"{PREFIX}{path}.{base}{attribute}"] = copy.clone()
     return tensors
 
 
@@ -236,9 +245,11 @@ def _warn_of_another_base(model: nn.Module, config: LoraConfig, folder: Path) ->
         logger.warning("%s: the adapter was made for %r, and is put on %r", folder, wanted, found)
 
 
-def _write_folder(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
+def write_folder(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
+    """Writes an adapter folder: tensors under PEFT's names and their config, each file whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights, settings = folder / f".{WEIGHTS_FILE}.tmp", folder / f".{CONFIG_FILE}.tmp"
+    # Several processes may write one folder at once: each its own files, with the same content.
+    weights, settings = folder / f".{WEIGHTS_FILE}.{rank()}.tmp", folder / f".{CONFIG_FILE}.{rank()}.tmp"
     try:
         save_file(tensors, weights, metadata={"format": "pt"})
         settings.write_text(config.to_json(), encoding="utf-8")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import LoraConfig
+from ..models.distributed import copy_into, keep_shards_alone
 from ..models.targets import scaling_of
 from .files import fit, read_tensors
 from .registry import adapters, check_known, check_unmerged, lora_layers
@@ -21,7 +22,7 @@ def hotswap(model: nn.Module, path: str | PathLike[str], adapter: str = "default
     """Gives an adapter the values of a folder of PEFT's format, in place, so that compiled code stays valid.
 
     The rank may be lower than the adapter's, the rest is zero, and another scaling goes into B. A layer that the
-    folder has nothing for computes as the frozen one.
+    folder has nothing for computes as the frozen one. Every process calls this for a model that FSDP2 has sharded.
 
     Returns:
         The same model.
@@ -42,12 +43,13 @@ def hotswap(model: nn.Module, path: str | PathLike[str], adapter: str = "default
         if name not in layers:
             raise ValueError(f"{folder}: expected weights for layers of {adapter!r}, found some for {name!r}")
         _check_fits(name, found, layers[name].parts(adapter), folder)
+    keep_shards_alone(model)
     for name, layer in layers.items():
         ratio = scaling_of(config, name) / scaling_of(adapters(model)[adapter], name)
         for part, parameter in layer.parts(adapter).items():
             factor = ratio if part in ("lora_B.weight", "lora_B.bias") else 1.0
             value = parts[name][part] if name in parts else torch.zeros(())
-            parameter.copy_(_padded(factor * value, parameter))
+            copy_into(parameter, _padded(factor * value, parameter))
     return model
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config import LoraConfig
 from ..layers import LoraLayer
+from ..models.distributed import check_whole
 from ..models.targets import scaling_of
 from . import trained
 
@@ -31,13 +32,18 @@ def patched_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The LoRA layers of a model that has some.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has none, or is only a part of the patched one or something around it.
     """
     layers = lora_layers(model)
     if not layers:
         advice = "; it keeps PEFT's methods for that" if callable(getattr(model, "add_weighted_adapter", None)) else ""
         raise ValueError(
             f"model: expected one that was patched, found {type(model).__name__} without LoRA layers{advice}"
+        )
+    if not adapters(model):
+        raise ValueError(
+            f"model: expected the one that was patched, found {type(model).__name__} with its layers; of what is "
+            "wrapped, as by DistributedDataParallel, pass the model inside, `wrapper.module`"
         )
     return layers
 
@@ -81,6 +87,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """
     check_known(model, name)
     check_unmerged(model)
+    check_whole(model)
     del adapters(model)[name]
     remaining = tuple(active for active in active_adapters(model) if active != name) or tuple(adapters(model))[:1]
     _activate(model, remaining)
@@ -98,6 +105,7 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
     check_known(model, old)
     check_new_name(model, new)
     check_unmerged(model)
+    check_whole(model)
     configs = adapters(model)
     renamed = {new if name == old else name: config for name, config in configs.items()}
     configs.clear()
@@ -128,6 +136,7 @@ def check_addable(model: nn.Module, name: str) -> None:
     """Raises ValueError where the model cannot take a new adapter of this name."""
     check_new_name(model, name)
     check_unmerged(model)
+    check_whole(model, "patch and load before fully_shard; fastlora.hotswap writes into the adapters that are there")
     check_original_weights(model)
 
 
@@ -166,6 +175,8 @@ def check_unmerged(model: nn.Module) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """The frozen model without its adapters, merged or not, inside a `with` block."""
     switched = [layer for layer in patched_layers(model).values() if layer.adapters_enabled]
+    if any(layer.merged_adapters or getattr(layer, "original", None) is not None for layer in switched):
+        check_whole(model, "in shards, weights that an adapter has changed cannot be exchanged for the original ones")
     for layer in switched:
         layer.disable()
     try:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from ..config import LoraConfig
 from ..log import logger
+from ..models.distributed import check_whole
 
 _COPIES = "fastlora_copies"  # on the model: the copies by adapter and parameter name
 _ORIGINALS = "fastlora_originals"  # on the model: the parameters whose places copies stand in, by name
+_IN_PLACE = "fastlora_in_place"  # on the model: the adapters whose copies stand there
 
 # The heads that PEFT adds to `modules_to_save` for a task, where the model has them.
 TASK_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
@@ -94,7 +96,16 @@ def _sharing(places: dict[str, nn.Parameter], names: Sequence[str]) -> Iterator[
 
 def copies_in_all_places(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """An adapter's copies by the names of all parameters that they stand for."""
-    return model.__dict__.get(_COPIES, {}).get(adapter, {})
+    copies = model.__dict__.get(_COPIES, {}).get(adapter, {})
+    if adapter not in model.__dict__.get(_IN_PLACE, ()):
+        return copies
+    # Those in place are read there: FSDP2 puts shards in the place of the parameters that it was given.
+    return {name: _place(model, name) for name in copies}
+
+
+def _place(model: nn.Module, name: str) -> Any:
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path)._parameters[attribute]
 
 
 def copies_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
@@ -107,7 +118,9 @@ def copies_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 
 def check_activatable(model: nn.Module, adapters: Sequence[str]) -> None:
-    """Raises ValueError where two adapters would have copies of their own in one place."""
+    """Raises ValueError where two adapters would have copies of their own in one place, or none can be moved."""
+    if model.__dict__.get(_ORIGINALS):
+        check_whole(model)
     with_copies = [adapter for adapter in adapters if copies_of(model, adapter)]
     if len(with_copies) > 1:
         raise ValueError(f"adapter: expected one with trained modules or biases at a time, found {with_copies}")
@@ -123,11 +136,17 @@ def put_in_place(model: nn.Module, adapters: Sequence[str]) -> None:
         module = model.get_submodule(path)
         parameter.data = parameter.data.to(getattr(module, attribute).device)
         module._parameters[attribute] = parameter
+    model.__dict__[_IN_PLACE] = tuple(adapters)
 
 
 @contextmanager
 def originals_in_place(model: nn.Module, adapters: Sequence[str]) -> Iterator[None]:
-    """The originals inside a `with` block, and the adapters' copies again behind it."""
+    """The originals inside a `with` block, and the adapters' copies again behind it.
+
+    Raises:
+        ValueError: there are copies, and FSDP2 has sharded the model.
+    """
+    check_activatable(model, adapters)
     put_in_place(model, ())
     try:
         yield
@@ -142,6 +161,8 @@ def forget(model: nn.Module, adapter: str, new_name: str | None = None) -> None:
         dropped = copies.pop(adapter)
         if new_name is not None:
             copies[new_name] = dropped
+            in_place = model.__dict__.get(_IN_PLACE, ())
+            model.__dict__[_IN_PLACE] = tuple(new_name if name == adapter else name for name in in_place)
 
 
 def release(model: nn.Module, adapters: Sequence[str], keep: bool) -> None:
@@ -149,3 +170,4 @@ def release(model: nn.Module, adapters: Sequence[str], keep: bool) -> None:
     put_in_place(model, adapters if keep else ())
     model.__dict__.pop(_COPIES, None)
     model.__dict__.pop(_ORIGINALS, None)
+    model.__dict__.pop(_IN_PLACE, None)

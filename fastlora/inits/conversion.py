@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..config import LoraConfig
 from ..layers import LoraLayer
 from ..log import logger
+from ..models.distributed import gathered
 from .choose import changes_weight, initial_adapters
 from .target import Initial
 
@@ -29,7 +30,7 @@ def as_saved(
 
     LoftQ's stay as they are, since `W - Q` has full rank: a file names the method, and loading it quantises W again.
     """
-    parts = {part: value(parameter) for part, parameter in layer.parts(adapter).items()}
+    parts = gathered({part: value(parameter) for part, parameter in layer.parts(adapter).items()})
     before = getattr(layer, "original", None)
     if before is None or config.init_lora_weights == "loftq":
         return parts

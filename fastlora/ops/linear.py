@@ -155,12 +155,13 @@ def lora_linear(
     Raises:
         ValueError: shapes do not fit, a and b are not given together, p is outside [0, 1), or there is no seed
             for p > 0.
-        TypeError: an int8 w without w_scale, or w_scale with a dense w.
+        TypeError: an int8 w without w_scale, or w_scale with a dense w, or a DTensor.
     """
     _check(x, w, w_scale, a, b, p, seed)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     inputs = (flat, w, w_scale, bias, a, b, scale, p, seed)
     if not _is_plain(x, w, a):
+        _check_local(x, w, a)
         y, _ = _forward(*inputs)
     elif torch.is_grad_enabled() and (
         x.requires_grad or (a is not None and a.requires_grad) or (b is not None and b.requires_grad)
@@ -169,6 +170,15 @@ def lora_linear(
     else:
         y, _ = _run("lora_linear", a, *inputs)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
+
+
+def _check_local(*tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(
+                "lora_linear: expected tensors of this process alone, found a DTensor: fastlora has no tensor "
+                "parallelism; and layers of a model that FSDP2 has sharded are called through the model"
+            )
 
 
 def _check(
