@@ -7,7 +7,7 @@ fastlora.merge(model)
 """
 
 from .adapters.combine import combine
-from .adapters.files import load, save
+from .adapters.files import save
 from .adapters.hotswap import hotswap
 from .adapters.mixed_training import MixedTraining
 from .adapters.mixing import mixed
@@ -21,12 +21,16 @@ from .adapters.registry import (
     set_scale,
     trainable_parameters,
 )
+from .checkpoints.export import export_checkpoint
 from .checkpoints.merge import merge_checkpoint
+from .checkpoints.resume import last_checkpoint
+from .checkpoints.verify import verify_checkpoint
 from .config import LoraConfig
-from .integrations import patch, unload
+from .integrations import load, patch, unload
 from .integrations.distributed import shard
 from .log import configure_from_environment
 from .merge import merge, unmerge
+from .planning import plan
 from .prepare import prepare_for_training, undo_prepare
 
 __version__ = "0.1.0"
@@ -39,14 +43,17 @@ __all__ = [
     "combine",
     "delete_adapter",
     "disabled",
+    "export_checkpoint",
     "freeze_a",
     "hotswap",
+    "last_checkpoint",
     "load",
     "loraplus_groups",
     "merge",
     "merge_checkpoint",
     "mixed",
     "patch",
+    "plan",
     "prepare_for_training",
     "print_trainable_parameters",
     "rename_adapter",
@@ -58,4 +65,5 @@ __all__ = [
     "undo_prepare",
     "unload",
     "unmerge",
+    "verify_checkpoint",
 ]

@@ -57,7 +57,7 @@ def prepare_for_training(
     """
     if checkpointing_kwargs and not gradient_checkpointing:
         raise ValueError(f"checkpointing_kwargs: expected with gradient_checkpointing, found {checkpointing_kwargs}")
-    switch = _checkpointing_switch(model) if gradient_checkpointing else None
+    switch = checkpointing_switch(model) if gradient_checkpointing else None
     if _PREPARED in model.__dict__:
         undo_prepare(model)
     before = _Before()
@@ -98,7 +98,7 @@ def undo_prepare(model: nn.Module) -> nn.Module:
     return model
 
 
-def _checkpointing_switch(model: nn.Module) -> str:
+def checkpointing_switch(model: nn.Module) -> str:
     """The stem of the two methods that switch checkpointing on and off; transformers renamed them."""
     for stem in ("activation_checkpointing", "gradient_checkpointing"):
         if hasattr(model, f"{stem}_enable") and getattr(model, "supports_gradient_checkpointing", False):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import fastlora
-from fastlora.checkpoints.merge import MANIFEST
+from fastlora.checkpoints.folder import MANIFEST
 from fastlora.checkpoints.shards import write_tensor
 from fastlora.cli import app
 
@@ -440,7 +440,7 @@ def test_the_command(folders):
     assert result.output == f"merged into {out}\n"
     assert "config.json" in contents(Path(out))
     result = CliRunner().invoke(app, ["merge", base, adapter, out])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "error: out: expected a new folder" in result.output
     assert "Traceback" not in result.output
 

@@ -23,10 +23,10 @@ LEVELS = [
     {"fastlora.config", "fastlora.init_settings"},
     {"fastlora.models", "fastlora.adapters", "fastlora.inits", "fastlora.quantize", "fastlora.patch",
      "fastlora.prepare", "fastlora.merge"},
-    {"fastlora.checkpoints"},
+    {"fastlora.checkpoints", "fastlora.environment", "fastlora.planning"},
     {"fastlora"},
     {"fastlora.integrations"},
-    {"fastlora.quickstart"},
+    {"fastlora.quickstart", "fastlora.training"},
     {"fastlora.cli"},
 ]  # fmt: skip
 

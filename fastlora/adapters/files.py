@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -52,14 +52,19 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         ValueError: the model is not patched, or spread over processes by another engine than FSDP2.
         OSError: the folder cannot be written.
     """
+    write_adapters(model, Path(path))
+
+
+def write_adapters(model: nn.Module, path: Path, value: Callable[[nn.Parameter], Tensor] = Tensor.detach) -> None:
+    """Does what `save` does, with the values that `value` gives for the adapters' parameters."""
     layers = patched_layers(model)
     keep_shards_alone(model)
     for adapter, config in adapters(model).items():
-        folder = Path(path) if adapter == "default" else Path(path, adapter)
+        folder = path if adapter == "default" else path / adapter
         own = {name: layer for name, layer in layers.items() if layer.has(adapter)}
         saved = _as_peft_records(saved_config(config, list(own.values())), model, own)
-        tensors = adapter_tensors(model, own, adapter, config) | gathered(resized_embeddings(model, saved))
-        write = functools.partial(_write_folder, folder, tensors, saved)
+        tensors = adapter_tensors(model, own, adapter, config, value) | gathered(resized_embeddings(model, saved))
+        write = functools.partial(write_folder, folder, tensors, saved)
         if is_sharded(model):
             in_first_process(write)
         else:
@@ -131,14 +136,16 @@ def _as_peft_records(config: LoraConfig, model: nn.Module, layers: Mapping[str, 
 
 
 def adapter_tensors(
-    model: nn.Module, layers: Mapping[str, LoraLayer], adapter: str, config: LoraConfig
-) -> dict[str, Tensor]:
-    """The tensors of one adapter, which the layers have, under PEFT's names."""
+    model: nn.Module, layers: Mapping[str, LoraLayer], adapter: str, config: LoraConfig,
+    value: Callable[[nn.Parameter], Tensor] = Tensor.detach,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The tensors of one adapter, which the layers have, under PEFT's names; `value` gives those of parameters."""
     tensors = {}
     for name, layer in layers.items():
-        for part, tensor in as_saved(layer, adapter, config).items():
+        for part, tensor in as_saved(layer, adapter, config, value).items():
             tensors[f"{PREFIX}{layer.name_in_files(name, adapter)}.{part}"] = tensor.contiguous()
-    for name, copy in gathered(dict(trained.copies_in_all_places(model, adapter))).items():
+    copies = {name: value(copy) for name, copy in trained.copies_in_all_places(model, adapter).items()}
+    for name, copy in gathered(copies).items():
         path, _, attribute = name.rpartition(".")
         base = "base_layer." if path in layers else ""
         # A copy that stands in two places is in the file twice, as in PEFT's, which safetensors wants apart.
@@ -241,7 +248,8 @@ def _warn_of_another_base(model: nn.Module, config: LoraConfig, folder: Path) ->
         logger.warning("%s: the adapter was made for %r, and is put on %r", folder, wanted, found)
 
 
-def _write_folder(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
+def write_folder(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
+    """Writes an adapter folder: tensors under PEFT's names and their config, each file whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     # Several processes may write one folder at once: each its own files, with the same content.
     weights, settings = folder / f".{WEIGHTS_FILE}.{rank()}.tmp", folder / f".{CONFIG_FILE}.{rank()}.tmp"

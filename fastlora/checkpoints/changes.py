@@ -52,8 +52,13 @@ class Change:
     added: Tensor | None = None
 
     @torch.no_grad()
-    def blocks(self, entry: Entry, file: BinaryIO, device: Any) -> Iterator[Tensor]:
+    def blocks(
+        self, entry: Entry, file: BinaryIO, device: Any, dtype: torch.dtype | None = None
+    ) -> Iterator[Tensor]:  # fmt: skip
         """The changed tensor, rows after rows.
+
+        Args:
+            dtype: that of the result, by default the tensor's; nothing is rounded to a narrower one on the way.
 
         Raises:
             ValueError: a value is not finite.
@@ -63,8 +68,8 @@ class Change:
         step = entry.rows if whole else max(1, BLOCK // max(1, entry.columns))
         for start in range(0, entry.rows, max(1, step)):
             rows = slice(start, start + step)
-            w = entry.read(file, rows) if self.replacement is None else self.replacement[rows].to(DTYPES[entry.dtype])
-            merged = self._applied(w.to(device), rows)
+            w = entry.read(file, rows) if self.replacement is None else self.replacement[rows]
+            merged = self._applied(w.to(device, dtype or DTYPES[entry.dtype]), rows)
             if not torch.isfinite(merged).all():
                 raise ValueError(f"{entry.name}: expected finite merged weights, found inf or nan")
             yield merged
@@ -142,12 +147,17 @@ def _change(changes: dict[str, Change], entries: dict[str, Entry], name: str, ke
         setattr(change, attribute, value)
 
 
+def same_tensor(name: str, entries: Iterable[str]) -> list[str]:
+    """What a tensor may be called in a checkpoint: names that have a leading part less or one more count too."""
+    if name in entries:
+        return [name]
+    near = {lead + name for lead in LEADING} | {name.removeprefix(lead) for lead in LEADING}
+    return sorted(near.intersection(entries))
+
+
 def _resolve(name: str, entries: Iterable[str], key: str) -> str:
     """The checkpoint's name of a tensor, which may lack a leading part or have one more."""
-    if name in entries:
-        return name
-    near = {lead + name for lead in LEADING} | {name.removeprefix(lead) for lead in LEADING}
-    found = sorted(near.intersection(entries))
+    found = same_tensor(name, entries)
     if len(found) == 1:
         return found[0]
     module, _, attribute = name.rpartition(".")
@@ -216,7 +226,7 @@ def _check_shape(name: str, found: Iterable[int], expected: Iterable[int]) -> No
 
 def _check_layouts(config: LoraConfig, changes: dict[str, Change], entries: dict[str, Entry]) -> None:
     """Refuses a square weight where the layouts of the others contradict what the adapter's config says of it."""
-    linear = {name: change for name, change in changes.items() if change.a is not None and not _is_input(name)}
+    linear = {name: change for name, change in changes.items() if change.a is not None and not is_input(name)}
     square = [name for name in linear if len(set(entries[name].shape)) == 1]
     others = [name for name in linear if name not in square and linear[name].transposed != config.fan_in_fan_out]
     if square and others:
@@ -233,11 +243,13 @@ def _check_saved(config: LoraConfig, changes: dict[str, Change]) -> None:
             raise ValueError(f"modules_to_save: expected tensors of {module!r} in the adapter, found none")
 
 
-def _is_input(name: str) -> bool:
+def is_input(name: str) -> bool:
+    """Whether a tensor belongs to an input embedding."""
     return name.split(".")[-2:-1] != [] and name.split(".")[-2] in INPUTS
 
 
-def _is_head(name: str) -> bool:
+def is_head(name: str) -> bool:
+    """Whether a tensor is the weight of an output head."""
     return name.endswith(".weight") and name.split(".")[-2] in HEADS
 
 
@@ -248,9 +260,9 @@ def _check_ties(changes: dict[str, Change], entries: dict[str, Entry], settings:
     classes = [str(name) for name in settings.get("architectures") or []]
     if tied is None:
         headless = any(HEADLESS.fullmatch(name) for name in classes)
-        tied = not headless and not any(_is_head(name) for name in entries)
+        tied = not headless and not any(is_head(name) for name in entries)
     for name in changes:
-        if f".{name}".endswith(".shared.weight") or (tied and (_is_input(name) or _is_head(name))):
+        if f".{name}".endswith(".shared.weight") or (tied and (is_input(name) or is_head(name))):
             raise ValueError(
                 f"{name}: expected a tensor that is tied to no other, found one that the model's input embedding and "
                 "output head share; untie the base first (tie_word_embeddings false, and both tensors in its files)"

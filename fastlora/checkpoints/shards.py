@@ -23,6 +23,7 @@ from ..adapters.files import sync
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODES = {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}  # of quantised weights
 MAX_HEADER = 100_000_000  # bytes, the limit of the format's own reader
 CHUNK = 1 << 22  # bytes copied at once
 
@@ -36,10 +37,11 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     stop: int
+    path: Path
 
     @property
     def rows(self) -> int:
-        return self.shape[0]
+        return self.shape[0] if self.shape else 1
 
     @property
     def columns(self) -> int:
@@ -47,7 +49,7 @@ class Entry:
 
     def read(self, file: BinaryIO, rows: slice) -> Tensor:
         """Rows of the tensor, as a tensor of its own."""
-        dtype = DTYPES[self.dtype]
+        dtype = (DTYPES | CODES)[self.dtype]
         shape = (len(range(*rows.indices(self.rows))), *self.shape[1:])
         if not math.prod(shape):
             return torch.empty(shape, dtype=dtype)
@@ -124,7 +126,7 @@ def read_header(path: Path) -> Shard:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            entries = [_entry(name, values, 8 + length) for name, values in header.items()]
+            entries = [_entry(name, values, 8 + length, path) for name, values in header.items()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: expected a header of the safetensors format, found {error!r}") from None
     entries.sort(key=lambda entry: (entry.start, entry.stop))
@@ -138,12 +140,12 @@ def read_header(path: Path) -> Shard:
     return Shard(path, tuple(entries), 8 + length, size)
 
 
-def _entry(name: str, values: dict[str, Any], data: int) -> Entry:
+def _entry(name: str, values: dict[str, Any], data: int, path: Path) -> Entry:
     start, stop = values["data_offsets"]
     shape = tuple(values["shape"])
     if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
         raise ValueError(f"negative or broken sizes of {name}")
-    return Entry(name, str(values["dtype"]), shape, data + start, data + stop)
+    return Entry(name, str(values["dtype"]), shape, data + start, data + stop, path)
 
 
 @contextmanager
@@ -175,6 +177,17 @@ def copy_range(source: BinaryIO, output: BinaryIO, start: int, stop: int) -> Ite
         output.write(chunk)
         start += len(chunk)
         yield len(chunk)
+
+
+def same_bytes(first: BinaryIO, entry: Entry, second: BinaryIO, other: Entry) -> bool:
+    """Whether two tensors have the same bytes."""
+    length = entry.stop - entry.start
+    if length != other.stop - other.start:
+        return False
+    first.seek(entry.start)
+    second.seek(other.start)
+    pieces = (min(CHUNK, length - at) for at in range(0, length, CHUNK))
+    return all(first.read(piece) == second.read(piece) for piece in pieces)
 
 
 def write_tensor(output: BinaryIO, tensor: Tensor) -> int:

@@ -8,6 +8,7 @@ for. A file of PEFT's that names the method holds A and B alone, and PEFT decomp
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,12 +23,14 @@ from .choose import changes_weight, initial_adapters
 from .target import Initial
 
 
-def as_saved(layer: LoraLayer, adapter: str, config: LoraConfig) -> dict[str, Tensor]:
+def as_saved(
+    layer: LoraLayer, adapter: str, config: LoraConfig, value: Callable[[nn.Parameter], Tensor] = Tensor.detach
+) -> dict[str, Tensor]:
     """The tensors of a layer's adapter for the original weight, with A `[R, K]` and B `[N, R]`, or of rank 2 R.
 
     LoftQ's stay as they are, since `W - Q` has full rank: a file names the method, and loading it quantises W again.
     """
-    parts = gathered(dict(layer.parts(adapter)))
+    parts = gathered({part: value(parameter) for part, parameter in layer.parts(adapter).items()})
     before = getattr(layer, "original", None)
     if before is None or config.init_lora_weights == "loftq":
         return parts

@@ -11,18 +11,45 @@ from typing import Any
 
 from torch import nn
 
+from ..adapters.files import load as load_into_module_tree
+from ..adapters.registry import adapters
 from ..patch import patch as patch_module_tree
 from ..patch import unload as unload_module_tree
 
 
 @functools.wraps(patch_module_tree)
 def patch(model: nn.Module, *arguments: Any, **settings: Any) -> nn.Module:
-    return _call(patch_module_tree, model, *arguments, **settings)
+    return _install(_call(patch_module_tree, model, *arguments, **settings))
+
+
+@functools.wraps(load_into_module_tree)
+def load(model: nn.Module, *arguments: Any, **settings: Any) -> nn.Module:
+    return _install(load_into_module_tree(model, *arguments, **settings))
 
 
 @functools.wraps(unload_module_tree)
 def unload(model: nn.Module, *arguments: Any, **settings: Any) -> nn.Module:
-    return _call(unload_module_tree, model, *arguments, **settings)
+    model = _call(unload_module_tree, model, *arguments, **settings)
+    if _is_of_transformers(model):
+        from . import transformers
+
+        transformers.uninstall(model)
+    return model
+
+
+def _install(model: nn.Module) -> nn.Module:
+    """Makes a model with adapters of fastlora's work with transformers' Trainer, where it is one of theirs."""
+    if _is_of_transformers(model) and adapters(model):
+        from . import transformers
+
+        transformers.install(model)
+    return model
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    # A model of transformers has imported this module; fastlora need not, and its import is not free.
+    library = sys.modules.get("transformers.modeling_utils")
+    return library is not None and isinstance(model, library.PreTrainedModel)
 
 
 def _call(own: Callable[..., nn.Module], model: nn.Module, *arguments: Any, **settings: Any) -> nn.Module:

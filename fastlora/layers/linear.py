@@ -83,17 +83,33 @@ class LinearLayer(FrozenLinear):
         )
 
     def _several(self, x: Tensor, bias: Tensor | None, adapters: tuple[str, ...]) -> Tensor:
-        drops = self.training and any(self.lora_dropout[adapter] for adapter in adapters)
-        if not drops and not any(adapter in self.lora_magnitude for adapter in adapters):
-            a, b = self._stacked(adapters)
-            y = ops.lora_linear(x, self.frozen_weight, self.weight_scale, bias, a, b)
-            return y + self._bias_of(adapters).to(y.dtype) if self._has_bias(adapters) else y
-        if not drops and len(adapters) == 1:
+        if self._why_apart(adapters, self.training) is not None:
+            y = self._frozen(x, bias)
+            for adapter in adapters:
+                y = y + self._added(x, adapter)
+            return y
+        if adapters[0] in self.lora_magnitude:
             return self._dora(x, bias, adapters[0])
-        y = self._frozen(x, bias)
-        for adapter in adapters:
-            y = y + self._added(x, adapter)
-        return y
+        a, b = self._stacked(adapters)
+        y = ops.lora_linear(x, self.frozen_weight, self.weight_scale, bias, a, b)
+        return y + self._bias_of(adapters).to(y.dtype) if self._has_bias(adapters) else y
+
+    def _why_apart(self, adapters: tuple[str, ...], training: bool) -> str | None:
+        """Why the low-rank parts of adapters are computed beside the frozen product; None where one op has both."""
+        drops = training and any(self.lora_dropout[adapter] for adapter in adapters)
+        scaled = any(adapter in self.lora_magnitude for adapter in adapters)
+        if len(adapters) > 1 and (drops or scaled):
+            return f"several adapters with {'dropout' if drops else 'DoRA'}"
+        if len(adapters) == 1 and drops and not self._is_plain(adapters[0]):
+            return f"{'DoRA' if scaled else 'a bias of B'} with dropout"
+        return None
+
+    def computed_by(self, device: torch.device | None = None) -> str:
+        running = self.running_adapters()
+        rank = sum(self.lora_A[adapter].shape[0] for adapter in running)
+        words = ops.describe(device or self.weight_device, self.dense_dtype, rank)
+        reason = self._why_apart(running, training=True)
+        return words if reason is None else f"frozen product by {words}; adapters by PyTorch: {reason}"
 
     def _dora(self, x: Tensor, bias: Tensor | None, adapter: str) -> Tensor:
         """One DoRA adapter without dropout: the plain layer's output, scaled per feature."""

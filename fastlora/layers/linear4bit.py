@@ -48,7 +48,7 @@ class LoraLinear4bit(LinearLayer):
         if getattr(self._state, "packing_format_for_cpu", False):
             self.state_dict()  # bitsandbytes unpacks for it, in place
 
-    def computed_by(self) -> str:
+    def computed_by(self, device: torch.device | None = None) -> str:
         return "codes of 4 bits by bitsandbytes, adapters by PyTorch"
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -29,23 +30,38 @@ def implementation(tensor: Tensor, rank: int = 0) -> ModuleType:
 def _choose(forced: str | None, device: str, dtype: torch.dtype, rank: int) -> ModuleType:
     if forced is not None:
         return _room(forced)
+    reason = why_eager(device, dtype, rank)
+    if reason is not None:
+        return _fallback(reason)
+    return _room("cpu" if device == "cpu" else "gpu")
+
+
+def why_eager(device: str, dtype: torch.dtype, rank: int = 0) -> str | None:
+    """Why eager PyTorch computes for inputs of a dtype on a kind of device; None where there are kernels."""
     if device not in ("cpu", "cuda"):
-        return _fallback(f"there are no kernels for device {device!r}")
+        return f"there are no kernels for device {device!r}"
     if dtype.is_floating_point and dtype not in KERNEL_DTYPES:
-        return _fallback(f"there are no kernels for {dtype}")
+        return f"there are no kernels for {dtype}"
     if device == "cpu":
-        return _room("cpu")
+        return None
     if rank > GPU_MAX_RANK:
-        return _fallback(f"the GPU kernels hold ranks up to {GPU_MAX_RANK}")
-    return _gpu_room()
+        return f"the GPU kernels hold ranks up to {GPU_MAX_RANK}"
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """Which implementation computes for inputs of a dtype on a device, in words."""
-    room = _choose(_forced, device.type, dtype, rank=0).__name__.rsplit(".")[-1]
-    if room == "cpu":
+def describe(device: torch.device, dtype: torch.dtype, rank: int = 0) -> str:
+    """Which implementation computes for inputs of a dtype on a device, and why if eager PyTorch does, in words.
+
+    The device need not be there.
+    """
+    reason = why_eager(device.type, dtype, rank)
+    if _forced is not None:
+        return f"fastlora_kernels.{_forced}, as `using` says"
+    if reason is not None:
+        return f"eager PyTorch: {reason}"
+    if device.type == "cpu":
         return f"native CPU: {_room('cpu').describe(dtype)}"
-    return "eager PyTorch" if room == "reference" else f"Triton kernels on {torch.cuda.get_device_name(device)}"
+    return f"Triton kernels on {torch.cuda.get_device_name(device)}" if torch.cuda.is_available() else "Triton kernels"
 
 
 def is_slow(device: torch.device, dtype: torch.dtype) -> bool:
@@ -69,14 +85,6 @@ def using(room: str) -> Iterator[None]:
 @functools.cache
 def _room(name: str) -> ModuleType:
     return importlib.import_module(f"fastlora_kernels.{name}")
-
-
-@functools.cache
-def _gpu_room() -> ModuleType:
-    try:
-        return _room("gpu")
-    except ModuleNotFoundError as error:
-        return _fallback(str(error))
 
 
 @functools.cache
