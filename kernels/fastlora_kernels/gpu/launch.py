@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Launch:
         return self.kernel.warmup(grid=self.grid, **self.arguments)
 
 
+@functools.cache
 def device_arch(device: torch.device) -> int | None:
     """Compute capability as one number (90 for sm_90); None where there is no CUDA device."""
     if device.type != "cuda":
@@ -46,9 +48,10 @@ def device_arch(device: torch.device) -> int | None:
     return major * 10 + minor
 
 
-def check_rank(rank: int, limit: int) -> None:
-    if not 1 <= rank <= limit:
-        raise ValueError(f"rank: expected 1 to {limit}, found {rank}")
+@functools.cache
+def device_name(device: torch.device) -> str | None:
+    """The GPU's name; None where there is no CUDA device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def next_block(size: int, smallest: int = 16) -> int:
