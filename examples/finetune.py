@@ -3,8 +3,8 @@
     python examples/finetune.py MODEL DATA.jsonl OUT
     torchrun --nproc-per-node 8 examples/finetune.py MODEL DATA.jsonl OUT
 
-Each line of the data is `{"prompt": ..., "completion": ...}`; the loss is that of the completions. Repeated, the command
-goes on from the last whole checkpoint. The adapter comes to `OUT/adapter`.
+Each line of the data is `{"prompt": ..., "completion": ...}`; the loss is that of the completions. The command goes on
+from the last whole checkpoint when it is repeated. The adapter comes to `OUT/adapter`.
 """
 
 from __future__ import annotations

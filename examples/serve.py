@@ -2,8 +2,8 @@
 
     python examples/serve.py MODEL ADAPTER OUT
 
-The model is never loaded for this, only in the end, to write a line with it. Repeated after an interruption, the command
-goes on where it was.
+The model is never loaded for this, only in the end, to write a line with it. The command goes on where it was
+interrupted when it is repeated.
 """
 
 from __future__ import annotations

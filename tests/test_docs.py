@@ -77,24 +77,18 @@ def snippets(guide: Path) -> list[tuple[str, str]]:
     return FENCE.findall(guide.read_text())
 
 
-def scripts(guide: Path) -> list[tuple[str, str]]:
-    """The guide's snippets as a reader runs them: Python between two commands is one session, but for whole files."""
-    session, found = "", []
+def session(guide: Path) -> str:
+    """A guide as one Python session with a shell beside it; a snippet that starts with a file's name is that file."""
+    lines = ["import pathlib, subprocess"]
     for language, text in snippets(guide):
         file = re.match(r"# (\w+\.py)\n", text)
-        if language == "python" and file:
-            found.append((file.group(1), text))
+        if file:
+            lines.append(f"pathlib.Path({file.group(1)!r}).write_text({text!r})")
         elif language == "python":
-            session += text
+            lines.append(text)
         elif language == "sh":
-            found += [("python", session)] if session else []
-            found.append(("sh", text))
-            session = f"{_imports(session)}\n" if session else ""
-    return [*found, ("python", session)] if session.strip() else found
-
-
-def _imports(session: str) -> str:
-    return "\n".join(line for line in session.splitlines() if re.match(r"(import|from) ", line))
+            lines.append(f"subprocess.run(['sh', '-ec', {text!r}], check=True)")
+    return "\n".join(lines)
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
@@ -107,11 +101,7 @@ def test_snippets_are_run_or_shown(guide):
 def test_a_guide_can_be_followed(guide, workplace):
     if guide.stem == "training":
         shutil.rmtree(workplace / "adapter")  # it is made there
-    for what, text in scripts(guide):
-        if what.endswith(".py"):
-            (workplace / what).write_text(text)
-        else:
-            run([sys.executable, "-c", text] if what == "python" else ["sh", "-ec", text], workplace)
+    run([sys.executable, "-c", session(guide)], workplace)
 
 
 def test_example_finetune(workplace):

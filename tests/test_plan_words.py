@@ -18,6 +18,7 @@ import fastlora
 from fastlora.cli import app
 from fastlora.planning.optimizers import OPTIMIZERS, state_bytes
 from fastlora_kernels import cpu
+from fastlora_kernels.gpu.plan import choose_plan
 
 OPTIMIZER_CLASSES = {
     "adamw": lambda p: torch.optim.AdamW(p), "adafactor": lambda p: torch.optim.Adafactor(p),
@@ -67,6 +68,20 @@ def test_what_to_expect_is_said(settings, note):
     assert note in notes_of(**settings)
 
 
+def test_the_kernels_of_a_gpu_that_is_not_there():
+    """The plan's words are those of the choice that the launcher makes."""
+    plan = fastlora.plan(
+        make_config("llama", torch.bfloat16), r=16, targets=["q_proj"], quantize="int8", dropout=0.1, batch=4,
+        device="cuda", arch=90,
+    )  # fmt: skip
+    (row,) = [row for row in plan.rows if row.rank]
+    chosen = [choose_plan(90, torch.bfloat16, 2048, 64, 64, 16, True, 0.1, op) for op in ("forward", "backward")]
+    words = f"{chosen[0].kind} forward, {chosen[1].kind} backward ({chosen[0].why})"
+    assert row.computed_by.startswith("Triton kernels")
+    assert row.computed_by.endswith(f": {words}")
+    assert plan.notes == []
+
+
 def test_experts_without_an_adapter_are_noted():
     assert "fused experts without an adapter" in notes_of("mixtral")
     adapted = fastlora.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
@@ -94,6 +109,19 @@ def test_a_forward_that_fails_leaves_the_rest(monkeypatch):
     plan = fastlora.plan(make_config("llama"))
     assert plan.notes == ["activations were not counted: RuntimeError: not today"]
     assert (plan.memory.activations, plan.memory.peak) == (None, None)
+
+
+def test_any_module_has_a_plan():
+    plan = fastlora.plan(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), r=2, targets=["0"])
+    assert [(row.name, row.shape, row.rank) for row in plan.rows] == [("0", (8, 4), 2), ("2", (2, 8), 0)]
+    assert plan.notes[0].endswith("model: expected one of transformers, found Sequential")
+
+
+def test_a_model_of_peft_is_planned_by_its_folder():
+    peft = pytest.importorskip("peft")
+    model = transformers.AutoModelForCausalLM.from_config(make_config("llama"))
+    with pytest.raises(ValueError, match="expected a model without PEFT's layers"):
+        fastlora.plan(peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])))
 
 
 def test_every_source_gives_one_plan(tmp_path):
@@ -190,3 +218,20 @@ def test_the_user_is_told_what_to_mend(tmp_path, arguments, message):
     assert result.exit_code == 2, result.output
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_colours_are_for_terminals_that_want_them(tmp_path):
+    make_config("llama").save_pretrained(tmp_path)
+    terminal = {"FORCE_COLOR": "1", "TERM": "xterm", "NO_COLOR": None}
+    for unwanted, coloured in ((None, True), ("1", False)):
+        environment = terminal | {"NO_COLOR": unwanted}
+        result = CliRunner().invoke(app, ["plan", str(tmp_path), "--targets", "lm_head"], env=environment)
+        assert ("\x1b[33m" in result.output) is coloured
+
+
+def test_a_reader_that_goes_away(tmp_path):
+    make_config("llama").save_pretrained(tmp_path)
+    command = f'"{sys.executable}" -m fastlora.cli plan "{tmp_path}" | head -n 1'
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert result.stdout.startswith("LlamaForCausalLM in float32")
+    assert "Traceback" not in result.stderr

@@ -38,6 +38,7 @@ def command(
     optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit, adafactor or sgd.")] = "adamw",
     dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; default: the config's.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu, there or not; default: what is there.")] = None,
+    arch: Annotated[int | None, typer.Option(help="Of a GPU that is not there, such as 90 for an H100.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what computes each module, what trains, and the memory of a training step.
@@ -53,7 +54,7 @@ def command(
         found = fastlora.plan(
             model, r, _names(targets), dropout=dropout, quantize=quantize, batch=batch, length=length,
             checkpointing=checkpointing, optimizer=optimizer, dtype=getattr(torch, dtype) if dtype else None,
-            device=device,
+            device=device, arch=arch,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))

@@ -45,8 +45,9 @@ class Environment:
 
 def find_environment() -> Environment:
     """Looks around; nothing heavy is imported, and a GPU is only asked for its properties."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     return Environment(
-        versions={"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        versions=versions | {name: _version(name) for name in PACKAGES},
         cpu=_cpu(),
         gpus=[_gpu(index) for index in range(torch.cuda.device_count())],
         kernels={

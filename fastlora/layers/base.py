@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .mixed import Mix
 
 Parts = dict[str, Tensor]  # the tensors of one adapter in one layer, by the names they have in PEFT's files
@@ -105,8 +106,8 @@ class LoraLayer(nn.Module):
         path, _, own = name.rpartition(".")
         return self.get_submodule(path), own
 
-    def computed_by(self, device: torch.device | None = None) -> str:
-        """Which implementation computes here or on another device, and why no kernel does if none does, in words."""
+    def computed_by(self, place: ops.Place | None = None) -> str:
+        """Which implementation computes here or in another place, and why no kernel does if none does, in words."""
         return f"PyTorch: there are no kernels for adapters on {self.original_class.__name__}"
 
     @property

@@ -104,10 +104,14 @@ class LinearLayer(FrozenLinear):
             return f"{'DoRA' if scaled else 'a bias of B'} with dropout"
         return None
 
-    def computed_by(self, device: torch.device | None = None) -> str:
+    def computed_by(self, place: ops.Place | None = None) -> str:
         running = self.running_adapters()
         rank = sum(self.lora_A[adapter].shape[0] for adapter in running)
-        words = ops.describe(device or self.weight_device, self.dense_dtype, rank)
+        place, dtype = place or ops.Place(self.weight_device), self.dense_dtype
+        words = ops.describe(place.device, dtype, rank)
+        p = max((self.lora_dropout[adapter] for adapter in running), default=0.0)
+        plans = ops.gpu_plans(place, dtype, *self.features(self), rank, self.weight_scale is not None, p)
+        words = words if plans is None else f"{words}: {plans}"
         reason = self._why_apart(running, training=True)
         return words if reason is None else f"frozen product by {words}; adapters by PyTorch: {reason}"
 

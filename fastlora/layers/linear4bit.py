@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .base import LoraLayer, class_of
 from .bitsandbytes import is_linear4bit
 from .branch import low_rank
@@ -48,7 +49,7 @@ class LoraLinear4bit(LinearLayer):
         if getattr(self._state, "packing_format_for_cpu", False):
             self.state_dict()  # bitsandbytes unpacks for it, in place
 
-    def computed_by(self, device: torch.device | None = None) -> str:
+    def computed_by(self, place: ops.Place | None = None) -> str:
         return "codes of 4 bits by bitsandbytes, adapters by PyTorch"
 
     @property

@@ -29,7 +29,7 @@ class WeightLayer(LoraLayer):
         """What the running adapters add to the parameter of a name, in the module that reads it."""
         raise NotImplementedError
 
-    def computed_by(self, device: torch.device | None = None) -> str:
+    def computed_by(self, place: ops.Place | None = None) -> str:
         return "the modules' own products, in PyTorch"
 
     @classmethod

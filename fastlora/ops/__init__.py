@@ -1,14 +1,16 @@
 """Torch operators over `fastlora_kernels`: schema, shape inference, autograd and the choice of implementation."""
 
-from .dispatch import describe, implementation, is_slow, using
+from .dispatch import Place, describe, gpu_plans, implementation, is_slow, using
 from .dtensor import is_dtensor
 from .float32 import linear_float32
 from .linear import lora_linear
 from .weights import dropout_mask, merge_rows, quantize_rows
 
 __all__ = [
+    "Place",
     "describe",
     "dropout_mask",
+    "gpu_plans",
     "implementation",
     "is_dtensor",
     "is_slow",

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -62,6 +63,38 @@ def describe(device: torch.device, dtype: torch.dtype, rank: int = 0) -> str:
     if device.type == "cpu":
         return f"native CPU: {_room('cpu').describe(dtype)}"
     return f"Triton kernels on {torch.cuda.get_device_name(device)}" if torch.cuda.is_available() else "Triton kernels"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something is to run, there or not.
+
+    Attributes:
+        tokens: how many a call has, where that is known.
+        arch: a GPU's compute capability as one number, 90 for sm_90; None for that of the GPU that is there.
+    """
+
+    device: torch.device
+    tokens: int | None = None
+    arch: int | None = None
+
+
+def gpu_plans(place: Place, dtype: torch.dtype, N: int, K: int, rank: int, int8: bool, p: float) -> str | None:
+    """How the GPU kernels compute a linear layer of a size in training, and where that choice comes from, in words.
+
+    None where they do not compute it, or the number of tokens is not known.
+    """
+    if place.tokens is None or place.device.type != "cuda" or why_eager("cuda", dtype, rank) or _forced is not None:
+        return None
+    arch, name = place.arch, None
+    if arch is None and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(place.device)
+        arch, name = 10 * major + minor, torch.cuda.get_device_name(place.device)
+    choose = importlib.import_module("fastlora_kernels.gpu.plan").choose_plan
+    forward, backward = (
+        choose(arch, dtype, place.tokens, N, K, rank, int8, p, op, name) for op in ("forward", "backward")
+    )
+    return f"{forward.kind} forward, {backward.kind} backward ({forward.why})"
 
 
 def is_slow(device: torch.device, dtype: torch.dtype) -> bool:

@@ -21,12 +21,10 @@ class Repeated:
     Attributes:
         path: the list's name in the model.
         kinds: indices of the layers by kind, the first layer left out, as what comes before it differs.
-        length: the number of layers.
     """
 
     path: str
     kinds: list[list[int]]
-    length: int
 
 
 def find_repeated(model: nn.Module) -> list[Repeated]:
@@ -41,7 +39,7 @@ def find_repeated(model: nn.Module) -> list[Repeated]:
             if index:
                 kinds[_signature(layer)].append(index)
         if any(len(indices) > 2 for indices in kinds.values()):
-            found.append(Repeated(path, list(kinds.values()), len(module)))
+            found.append(Repeated(path, list(kinds.values())))
     return found
 
 
@@ -63,7 +61,7 @@ def only(model: nn.Module, kept: dict[str, list[int]]) -> Iterator[None]:
     """The model with these layers of its lists alone, inside a `with` block."""
     before = {path: model.get_submodule(path) for path in kept}
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    types = {key: getattr(config, "layer_types", None) for key, config in configs.items()}
+    types: dict[int, Any] = {key: getattr(config, "layer_types", None) for key, config in configs.items()}
     try:
         for path, indices in kept.items():
             layers: Any = before[path]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ OPTIMIZERS: dict[str, Callable[[Tensor], int]] = {
 }
 
 
-def state_bytes(name: str, parameters: list[Tensor]) -> int:
+def state_bytes(name: str, parameters: Iterable[Tensor]) -> int:
     """Bytes of an optimiser's state for parameters that train.
 
     Raises:

@@ -13,6 +13,7 @@ from torch import nn
 from ..adapters.registry import adapters
 from ..config import LoraConfig
 from ..inits import PLAIN_INITS
+from ..ops import Place
 from ..patch import patch
 from .advice import find_notes, memory_note
 from .optimizers import state_bytes
@@ -89,6 +90,7 @@ def plan(
     optimizer: str = "adamw",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    arch: int | None = None,
 ) -> Plan:
     """Says what computes each module, what trains, and the memory of a training step, without weights or downloads.
 
@@ -105,6 +107,7 @@ def plan(
         optimizer: "adamw", "adamw_8bit" (of bitsandbytes), "adafactor" or "sgd".
         dtype: of the weights, by default what the model's config says.
         device: where it is to run, by default a GPU if there is one. It need not be there.
+        arch: the compute capability of a GPU that is not there as one number, such as 90 for an H100.
 
     Raises:
         ValueError, TypeError: an argument does not fit, as in `patch`.
@@ -122,7 +125,7 @@ def plan(
     if not adapters(found):
         config = _patch(found, r, targets, dropout, config, quantize)
     used = getattr(found, "dtype", None) or next(found.parameters()).dtype
-    rows = find_rows(found, where)
+    rows = find_rows(found, Place(where, batch * length, arch))
     notes = find_notes(source, rows, config, where, used, length)
     memory, problem = _memory(found, batch, length, checkpointing, optimizer)
     if memory.peak is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import LoraLayer, LoraParameter
+from ..ops import Place
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Row:
     computed_by: str
 
 
-def find_rows(model: nn.Module, device: torch.device) -> list[Row]:
-    """The rows of a model, in its order, as they would run on a device."""
+def find_rows(model: nn.Module, place: Place) -> list[Row]:
+    """The rows of a model, in its order, as they would run in a place."""
     owned: dict[str, list[Tensor]] = {}
     seen: set[int] = set()
     for name, tensor in [*_named(model, "_parameters"), *_named(model, "_buffers")]:
@@ -54,7 +55,7 @@ def find_rows(model: nn.Module, device: torch.device) -> list[Row]:
     for name, module in model.named_modules():
         if name in owned and any(p is not None for p in (module._parameters | _adapters(module)).values()):
             sizes = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in owned[name])
-            key = _pattern(name), *_looks(module), _computed_by(module, device), sizes
+            key = _pattern(name), *_looks(module), _computed_by(module, place), sizes
             groups.setdefault(key, []).append(name)
     return [
         _row(key, [tensor for name in names for tensor in owned[name]], len(names)) for key, names in groups.items()
@@ -121,8 +122,8 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _computed_by(module: nn.Module, device: torch.device) -> str:
+def _computed_by(module: nn.Module, place: Place) -> str:
     if isinstance(module, LoraLayer):
-        return module.computed_by(device)
+        return module.computed_by(place)
     trains = any(p.requires_grad for p in module._parameters.values() if p is not None)
     return f"PyTorch, {'trains' if trains else 'frozen'}"

@@ -53,12 +53,14 @@ def step_memory(model: Any, batch: int, length: int, checkpointing: bool, whole:
         whole: run all layers instead.
 
     Raises:
-        ValueError: the model cannot be checkpointed, or its forward does not take what its config promises.
+        ValueError: the model cannot be checkpointed, or is none of transformers for texts or images. Its own forward
+            may raise anything else.
     """
+    if not hasattr(model, "config"):
+        raise ValueError(f"model: expected one of transformers, found {type(model).__name__}")
     if checkpointing:
         getattr(model, f"{checkpointing_switch(model)}_enable")({"use_reentrant": False})
-    if hasattr(model, "config"):
-        model.config.use_cache = False
+    model.config.use_cache = False
     assume_no_padding(model)
     model.train()
     step = _Step(model, batch, length)
@@ -131,7 +133,7 @@ def example_inputs(model: Any, batch: int, length: int) -> dict[str, Tensor]:
     Raises:
         ValueError: the model takes neither token ids nor pixels.
     """
-    main, config = getattr(model, "main_input_name", "input_ids"), getattr(model, "config", None)
+    main, config = getattr(model, "main_input_name", "input_ids"), model.config
     if main == "pixel_values" and hasattr(config, "image_size"):
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
