@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import fastlora
-from fastlora.checkpoints.merge import MANIFEST
+from fastlora.checkpoints.folder import MANIFEST
 from fastlora.checkpoints.shards import write_tensor
 from fastlora.cli import app
 
