@@ -118,8 +118,8 @@ def test_other_parts_equal_merging_in_memory(name, settings, dtype, tmp_path):
 
 
 def test_one_file_and_small_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastlora.checkpoints.changes.BLOCK", 100)
-    monkeypatch.setattr("fastlora.checkpoints.shards.CHUNK", 1000)
+    monkeypatch.setattr("fastlora.checkpoints.change.BLOCK", 100)
+    monkeypatch.setattr("fastlora.checkpoints.pieces.CHUNK", 1000)
     base = make_base("llama", torch.bfloat16, tmp_path / "base", shards=False)
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=[*LLAMA, "embed_tokens"])
     calls = []

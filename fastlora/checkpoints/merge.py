@@ -15,9 +15,11 @@ import torch
 
 from ..adapters.files import read_tensors
 from ..config import LoraConfig
-from .changes import Change, find_changes
+from .change import Change
+from .changes import find_changes
 from .folder import SETTINGS_FILE, check_device, filling, fingerprint, small_files, write_file
-from .shards import Shard, copy_range, find_shards, published, read_json, write_tensor
+from .pieces import Place, write_places
+from .shards import Shard, find_shards, published, read_json
 
 Progress = Callable[[int, int], None]
 
@@ -81,10 +83,7 @@ def _write_shards(
 def _write_shard(shard: Shard, changes: dict[str, Change], target: Path, device: Any) -> Iterator[int]:
     """Writes one file, and yields the bytes of every piece."""
     with shard.path.open("rb") as source, published(target) as output:
-        yield from copy_range(source, output, 0, shard.data)
-        for entry in shard.entries:
-            if entry.name not in changes:
-                yield from copy_range(source, output, entry.start, entry.stop)
-                continue
-            for block in changes[entry.name].blocks(entry, source, device):
-                yield write_tensor(output, block)
+        output.write(source.read(shard.data))
+        output.flush()
+        places = [Place(entry, entry.start, changes.get(entry.name)) for entry in shard.entries]
+        yield from write_places(output, places, device)

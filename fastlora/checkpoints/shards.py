@@ -23,23 +23,28 @@ from ..adapters.files import sync
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODES = {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}  # of quantised weights
 MAX_HEADER = 100_000_000  # bytes, the limit of the format's own reader
 CHUNK = 1 << 22  # bytes copied at once
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in a file: its dtype in the format's words, and where its bytes begin and end."""
+    """One tensor in a file: its dtype in the format's words, and where its bytes begin and end.
+
+    It is read at its place, whatever the file's position, so that threads may share an open file.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    path: Path
 
     @property
     def rows(self) -> int:
-        return self.shape[0]
+        return self.shape[0] if self.shape else 1
 
     @property
     def columns(self) -> int:
@@ -47,15 +52,12 @@ class Entry:
 
     def read(self, file: BinaryIO, rows: slice) -> Tensor:
         """Rows of the tensor, as a tensor of its own."""
-        dtype = DTYPES[self.dtype]
-        shape = (len(range(*rows.indices(self.rows))), *self.shape[1:])
-        if not math.prod(shape):
-            return torch.empty(shape, dtype=dtype)
-        file.seek(self.start + rows.start * self.columns * dtype.itemsize)
-        buffer = bytearray(math.prod(shape) * dtype.itemsize)
-        if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
-            raise ValueError(f"{file.name}: expected {self.name} whole, found the end of the file")
-        return torch.frombuffer(buffer, dtype=dtype).view(shape)
+        dtype = (DTYPES | CODES)[self.dtype]
+        tensor = torch.empty(len(range(*rows.indices(self.rows))), *self.shape[1:], dtype=dtype)
+        if tensor.numel():
+            start = self.start + rows.start * self.columns * dtype.itemsize
+            fill(tensor.flatten().view(torch.uint8).numpy().data, file, start, self.name)
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,9 @@ def read_header(path: Path) -> Shard:
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise ValueError(f"{path}: expected a whole safetensors file, found a header of {length} in {size} bytes")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
             header.pop("__metadata__", None)
-            entries = [_entry(name, values, 8 + length) for name, values in header.items()]
+            entries = [_entry(name, values, 8 + length, path) for name, values in header.items()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: expected a header of the safetensors format, found {error!r}") from None
     entries.sort(key=lambda entry: (entry.start, entry.stop))
@@ -138,20 +140,30 @@ def read_header(path: Path) -> Shard:
     return Shard(path, tuple(entries), 8 + length, size)
 
 
-def _entry(name: str, values: dict[str, Any], data: int) -> Entry:
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of whose equal names the parser would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"more than one {next(name for name in found if names.count(name) > 1)!r}")
+    return found
+
+
+def _entry(name: str, values: dict[str, Any], data: int, path: Path) -> Entry:
     start, stop = values["data_offsets"]
     shape = tuple(values["shape"])
     if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
         raise ValueError(f"negative or broken sizes of {name}")
-    return Entry(name, str(values["dtype"]), shape, data + start, data + stop)
+    return Entry(name, str(values["dtype"]), shape, data + start, data + stop, path)
 
 
 @contextmanager
 def published(file: Path) -> Iterator[BinaryIO]:
     """A file to write that has its name only once it is whole and on the disk."""
     partial = file.with_name(f".{file.name}.partial")
+    partial.unlink(missing_ok=True)
     try:
-        with partial.open("wb") as output:
+        with partial.open("xb") as output:  # a new one, for a link that stands there would lead elsewhere
             yield output
             output.flush()
             os.fsync(output.fileno())
@@ -159,6 +171,20 @@ def published(file: Path) -> Iterator[BinaryIO]:
     finally:
         partial.unlink(missing_ok=True)
     sync(file.parent)
+
+
+def fill(buffer: memoryview, file: BinaryIO, start: int, what: str) -> None:
+    """Fills a buffer with the bytes of a file from a place on.
+
+    Raises:
+        ValueError: the file ends before.
+    """
+    done = 0
+    while done < len(buffer):
+        read = os.preadv(file.fileno(), [buffer[done:]], start + done)
+        if not read:
+            raise ValueError(f"{file.name}: expected {what} whole, found the end of the file")
+        done += read
 
 
 def copy_range(source: BinaryIO, output: BinaryIO, start: int, stop: int) -> Iterator[int]:
