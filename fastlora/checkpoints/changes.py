@@ -103,8 +103,8 @@ class _Finder:
         matrices = self._add_experts(parts, adapter)
         for module, found in matrices.items():
             self._add_parts(module, found, adapter)
-        _check_layouts(config, {name: self.changes[name] for name in self.changes}, self.entries)
-        _check_saved(config, replaced)
+        _check_layouts(config, self.changes, self.entries)
+        _check_whole(config, replaced, adapter.tensors, experts=len(matrices) < len(parts))
 
     def _change(self, name: str, key: str, codes: bool = False) -> tuple[Entry, Change]:
         """A tensor, and what happens to it so far; `codes` says whether it may be int8."""
@@ -268,7 +268,15 @@ def _check_layouts(config: LoraConfig, changes: dict[str, Change], entries: dict
         )
 
 
-def _check_saved(config: LoraConfig, replaced: list[str]) -> None:
+def _check_whole(config: LoraConfig, replaced: list[str], keys: Iterable[str], experts: bool) -> None:
+    """Refuses an adapter that lacks what its config says it has."""
+    if config.trainable_token_indices and not any(key.endswith(f".{ROWS}") for key in keys):
+        raise ValueError(f"trainable_token_indices: expected their rows in the adapter, found none of {ROWS}")
+    if config.target_parameters and not experts:
+        raise ValueError(
+            f"target_parameters: expected an adapter on parameters of the base, found none for "
+            f"{config.target_parameters}"
+        )
     for module in config.modules_to_save or []:
         if not any(f".{module}." in f".{name}" for name in replaced):
             raise ValueError(f"modules_to_save: expected tensors of {module!r} in the adapter, found none")

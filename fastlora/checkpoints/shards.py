@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}  # of quantised weights
+NUMBERED = re.compile(r"model-\d+-of-\d+\.safetensors")
 MAX_HEADER = 100_000_000  # bytes, the limit of the format's own reader
 CHUNK = 1 << 22  # bytes copied at once
 
@@ -79,20 +81,40 @@ def find_shards(folder: Path) -> list[Shard]:
     index = folder / INDEX_FILE
     if not index.is_file():
         if not (folder / SINGLE_FILE).is_file():
-            raise ValueError(f"base: expected {SINGLE_FILE} or {INDEX_FILE}, found neither in {str(folder)!r}")
+            raise ValueError(f"base: expected {SINGLE_FILE} or {INDEX_FILE}, found {_instead(folder)}")
+        _check_no_others(folder, {SINGLE_FILE})
         return [read_header(folder / SINGLE_FILE)]
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(v, str) for v in places.values()):
         raise ValueError(f"{index}: expected a weight_map of tensor and file names, found {places!r}")
     for name in set(places.values()):
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if Path(name).name != name or not name.endswith(".safetensors") or name.startswith("."):
             raise ValueError(f"{index}: expected names of safetensors files beside it, found {name!r}")
+    _check_no_others(folder, set(places.values()))
     shards = [read_header(folder / name) for name in sorted(set(places.values()))]
     found = {entry.name: shard.path.name for shard in shards for entry in shard.entries}
     if found != places or sum(len(shard.entries) for shard in shards) != len(found):
         wrong = sorted({name for name in found | places if found.get(name) != places.get(name)})
         raise ValueError(f"{index}: expected the tensors of its files, each once, found others: {wrong[:3]}")
     return shards
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without safetensors files has, in words."""
+    pickles = sorted(file.name for file in folder.glob("*.bin")) if folder.is_dir() else []
+    if pickles:
+        return (
+            f"{pickles[0]} in {str(folder)!r}, a pickle, which can run any code and is never read; where you trust it, "
+            "load it with transformers and save it again with save_pretrained"
+        )
+    return f"neither in {str(folder)!r}" if folder.is_dir() else f"no folder {str(folder)!r}"
+
+
+def _check_no_others(folder: Path, names: set[str]) -> None:
+    """Refuses shards that the checkpoint does not speak of, which are left of another one or tell of a wrong index."""
+    others = sorted(file.name for file in folder.glob("*.safetensors") if NUMBERED.fullmatch(file.name))
+    if extra := [name for name in others if name not in names]:
+        raise ValueError(f"base: expected the shards {sorted(names)[:3]}, found others in its folder: {extra[:3]}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
