@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 
 import fastlora
 from fastlora.checkpoints.folder import MANIFEST
-from fastlora.checkpoints.shards import write_tensor
 from fastlora.cli import app
 
 LLAMA, GPT2 = ["q_proj", "v_proj", "down_proj"], ["c_attn", "c_proj", "c_fc"]
@@ -118,8 +117,8 @@ def test_other_parts_equal_merging_in_memory(name, settings, dtype, tmp_path):
 
 
 def test_one_file_and_small_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastlora.checkpoints.changes.BLOCK", 100)
-    monkeypatch.setattr("fastlora.checkpoints.shards.CHUNK", 1000)
+    monkeypatch.setattr("fastlora.checkpoints.change.BLOCK", 100)
+    monkeypatch.setattr("fastlora.checkpoints.pieces.CHUNK", 1000)
     base = make_base("llama", torch.bfloat16, tmp_path / "base", shards=False)
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=[*LLAMA, "embed_tokens"])
     calls = []
@@ -220,7 +219,10 @@ REFUSED_TENSORS = {
     ),
     "shape": (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 50)}), "of shape"),
     "nan": (lambda t: t[f"{Q}.lora_A.weight"].fill_(float("nan")), "finite"),
-    "tokens": (lambda t: t.update({"base_model.model.x.token_adapter.y": torch.ones(1)}), "trainable_token"),
+    "tokens": (
+        lambda t: t.update({f"{Q}.token_adapter.trainable_tokens_delta": torch.ones(1, 48)}),
+        r"trainable_tokens_delta: expected shape \[0, 48\]",
+    ),
     "replaced-shape": (
         lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(97, 48)}),
         r"expected shape \[96, 48\]",
@@ -358,10 +360,10 @@ def check_unfinished(out: Path, expected: dict[str, bytes], partials: bool = Fal
     return MANIFEST in found or not whole
 
 
-@pytest.mark.parametrize("where", ["os.fsync", "os.replace", "fastlora.checkpoints.merge.write_tensor"])
+@pytest.mark.parametrize("where", ["os.fsync", "os.replace", "os.pwrite"])
 def test_a_full_disk(folders, monkeypatch, where):
     base, adapter, out = folders
-    real = {"os.fsync": os.fsync, "os.replace": os.replace}.get(where, write_tensor)
+    real = {"os.fsync": os.fsync, "os.replace": os.replace, "os.pwrite": os.pwrite}[where]
     calls: list = []
     with monkeypatch.context() as patch:
         patch.setattr(where, failing(1000, real, calls))
@@ -396,7 +398,7 @@ def test_an_interrupted_merge_of_others_is_refused(folders, monkeypatch):
 # Merges in children that end as if killed from outside, each after another number of writes, syncs and renames.
 KILLED = """
 import os, random, signal, sys
-import fastlora, fastlora.checkpoints.merge
+import fastlora
 calls, last = 0, 0
 def counted(function):
     def call(*arguments):
@@ -408,7 +410,7 @@ def counted(function):
         return result
     return call
 os.fsync, os.replace = counted(os.fsync), counted(os.replace)
-fastlora.checkpoints.merge.write_tensor = counted(fastlora.checkpoints.merge.write_tensor)
+os.pwrite = counted(os.pwrite)
 base, adapter, out = sys.argv[1:]
 fastlora.merge_checkpoint(base, adapter, out)
 for attempt, last in enumerate(sorted(random.Random(3).sample(range(1, calls + 1), 8))):

@@ -211,7 +211,7 @@ def test_an_interrupted_export_goes_on(to, pair, tmp_path, monkeypatch):
 
 def test_small_blocks_give_the_same_files(pair, tmp_path, monkeypatch):
     fastlora.export_checkpoint(*pair, tmp_path / "whole")
-    monkeypatch.setattr("fastlora.checkpoints.changes.BLOCK", 100)
+    monkeypatch.setattr("fastlora.checkpoints.change.BLOCK", 100)
     monkeypatch.setattr("fastlora.checkpoints.convert.CACHED", 100)
     calls = []
     report = fastlora.export_checkpoint(*pair, tmp_path / "out", progress=lambda *sizes: calls.append(sizes))
@@ -280,3 +280,23 @@ def test_refused(pair, tmp_path):
         with pytest.raises(ValueError, match="out: expected a new folder"):
             fastlora.export_checkpoint(*pair, out, to=to)
     assert [file.name for file in out.iterdir()] == ["mine"]
+
+
+def test_perplexity_of_a_text(tmp_path):
+    """As the models themselves say, each token given those before it in its window."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(num_key_value_heads=2, max_position_embeddings=64, **SMALL | {"vocab_size": 384})
+    base, adapter = make_pair(transformers.LlamaForCausalLM(config), tmp_path)
+    transformers.ByT5Tokenizer().save_pretrained(base)
+    text = "The quick brown fox jumps over the lazy dog. " * 4
+    report = fastlora.export_checkpoint(base, adapter, tmp_path / "out", to="int8", text=text)
+    ids = torch.tensor(transformers.ByT5Tokenizer()(text).input_ids)
+    for found, model in zip(report.perplexity, (merged_model(base, adapter), read(tmp_path / "out")), strict=True):
+        total = torch.zeros((), dtype=torch.float64)
+        with torch.no_grad():
+            for start in range(0, len(ids) - 1, 63):
+                window = ids[None, start : start + 64]
+                total += model(window, labels=window).loss.double() * (window.shape[1] - 1)
+        assert found == pytest.approx((total / (len(ids) - 1)).exp().item(), rel=1e-6)  # means in float32
+    with pytest.raises(ValueError, match="text: expected at least two tokens"):
+        fastlora.export_checkpoint(base, adapter, tmp_path / "empty", text="")

@@ -1,6 +1,6 @@
 """Writing a merged checkpoint in other dtypes: 16-bit, or linear layers in int8, quantised once from float32.
 
-One block of one tensor is in memory at a time, but for weights that are stored transposed.
+Some rows of a tensor are in memory at a time, but for weights that are stored transposed.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .changes import Change
+from .change import Change
 from .int8 import Int8Format, Specs
 from .layout import Layout, lay_out
 from .linears import Linears
+from .pieces import Piece, Place, pieces_of, run, write_at
 from .report import Difference, LayerError
-from .shards import DTYPES, Entry, Shard, copy_range, published
+from .shards import DTYPES, Entry, published
 
 CACHED = 1 << 18  # elements quantised at once, which stay in a core's cache
 
@@ -28,7 +29,7 @@ class Conversion:
     """What becomes of the tensors of a checkpoint.
 
     Attributes:
-        changes: by tensor, what the adapter does to it.
+        changes: by tensor, what the adapters do to it.
         main: the dtype of the model's weights, in the format's words.
         dtype: what tensors of that dtype are stored in.
         format: the int8 format of the linear layers, None where they stay dense.
@@ -43,11 +44,13 @@ class Conversion:
     linears: Linears
     device: Any
 
+    def is_int8(self, entry: Entry) -> bool:
+        return self.format is not None and entry.name in self.linears.quantized
+
     def specs(self, entry: Entry) -> Specs:
         """What a tensor of the base is stored as, by the names of the parts."""
-        if self.format is not None and entry.name in self.linears.quantized:
-            N, K = self.shape(entry)
-            parts = self.format.specs(N, K, self.dtype)
+        if self.format is not None and self.is_int8(entry):
+            parts = self.format.specs(*self.shape(entry), self.dtype)
             return {part_name(entry, part): spec for part, spec in parts.items()}
         converted = entry.dtype == self.main and entry.shape
         return {entry.name: (self.dtype if converted else entry.dtype, entry.shape)}
@@ -55,15 +58,37 @@ class Conversion:
     def shape(self, entry: Entry) -> tuple[int, int]:
         """`[N, K]` of a linear layer's weight."""
         N, K = entry.shape
-        return (K, N) if self.linears.quantized[entry.name] else (N, K)
+        return (K, N) if self._is_transposed(entry) else (N, K)
 
-    def merged(self, entry: Entry, file: BinaryIO) -> Iterator[Tensor]:
+    def merged(self, entry: Entry, file: BinaryIO) -> Iterator[tuple[slice, Tensor]]:
         """The merged weight in float32, rows after rows; those of a linear layer are its output features."""
-        blocks = self.changes.get(entry.name, Change()).blocks(entry, file, self.device, torch.float32)
-        if self.linears.quantized.get(entry.name):
-            blocks = iter([torch.cat(list(blocks)).T.contiguous()])
-        for block in blocks:
-            yield from block.split(max(1, CACHED // max(1, block[:1].numel())))
+        for rows in self.steps(entry):
+            yield from self.rows(entry, file, rows)
+
+    def steps(self, entry: Entry) -> list[slice]:
+        """Which rows are computed at once."""
+        if self._is_transposed(entry):
+            return [slice(0, self.shape(entry)[0])]
+        return self._change(entry).steps(entry)
+
+    def rows(self, entry: Entry, file: BinaryIO, rows: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Those of one step, in blocks that fit a cache."""
+        change = self._change(entry)
+        if self._is_transposed(entry):
+            stored = [change.rows(entry, file, part, self.device, torch.float32) for part in change.steps(entry)]
+            block = torch.cat(stored).T.contiguous()
+        else:
+            block = change.rows(entry, file, rows, self.device, torch.float32)
+        start = rows.start
+        for part in block.split(max(1, CACHED // max(1, block[:1].numel()))):
+            yield slice(start, start + len(part)), part
+            start += len(part)
+
+    def _is_transposed(self, entry: Entry) -> bool:
+        return self.linears.quantized.get(entry.name, False)
+
+    def _change(self, entry: Entry) -> Change:
+        return self.changes.get(entry.name, Change())
 
 
 def part_name(entry: Entry, part: str) -> str:
@@ -71,47 +96,83 @@ def part_name(entry: Entry, part: str) -> str:
     return entry.name.removesuffix("weight") + part
 
 
-def write_shard(
-    shard: Shard, conversion: Conversion, target: Path, errors: list[LayerError]
+def specs_of(entries: list[Entry], conversion: Conversion) -> Specs:
+    """The tensors of a file, by name."""
+    return {name: spec for entry in entries for name, spec in conversion.specs(entry).items()}
+
+
+def write_file_of(
+    entries: list[Entry], conversion: Conversion, target: Path, errors: list[LayerError]
 ) -> Iterator[int]:  # fmt: skip
-    """Writes one file, yields the bytes of every piece, and notes the errors of its int8 weights."""
-    specs: Specs = {}
-    for entry in shard.entries:
-        specs |= conversion.specs(entry)
-    layout = lay_out(specs)
-    with shard.path.open("rb") as source, published(target) as output:
+    """Writes one file, yields the bytes of every piece, and notes the errors of its int8 weights.
+
+    Args:
+        entries: tensors of one file of the base.
+    """
+    layout = lay_out(specs_of(entries, conversion))
+    differences: dict[str, Difference] = {}
+    with entries[0].path.open("rb") as source, published(target) as output:
         output.write(layout.header)
-        for entry in shard.entries:
-            if conversion.format is not None and entry.name in conversion.linears.quantized:
-                error = Difference()
-                yield from _write_int8(entry, conversion, conversion.format, source, layout, output, error)
-                errors.append(LayerError(entry.name, error.relative_rms))
-            elif entry.name in conversion.changes or specs[entry.name][0] != entry.dtype:
-                dtype = DTYPES[specs[entry.name][0]]
-                for block in conversion.merged(entry, source):
-                    yield layout.write(output, entry.name, _rounded(block, dtype, entry))
+        output.flush()
+        yield len(layout.header)
+        pieces: list[Piece] = []
+        for entry in entries:
+            if conversion.is_int8(entry):
+                differences[entry.name] = Difference()
+                pieces += _int8(entry, conversion, source, layout, output, differences[entry.name])
+            elif conversion.specs(entry)[entry.name][0] != entry.dtype:
+                pieces += _rounded(entry, conversion, source, layout, output)
             else:
-                output.seek(layout.places[entry.name])
-                yield from copy_range(source, output, entry.start, entry.stop)
+                place = Place(entry, layout.places[entry.name], conversion.changes.get(entry.name))
+                pieces += pieces_of(place, source, output, conversion.device)
+        yield from run(pieces)
+    errors += [LayerError(name, difference.relative_rms) for name, difference in differences.items()]
 
 
-def _write_int8(
-    entry: Entry, conversion: Conversion, format: Int8Format, source: BinaryIO, layout: Layout, output: BinaryIO,
-    error: Difference,
-) -> Iterator[int]:  # fmt: skip
-    N, K = conversion.shape(entry)
-    for part, tensor in format.constants(N, K).items():
-        yield layout.write(output, part_name(entry, part), tensor)
-    for rows in conversion.merged(entry, source):
-        stored = format.quantize(rows, conversion.dtype)
-        yield sum(layout.write(output, part_name(entry, part), tensor) for part, tensor in stored.items())
-        error.add(rows, format.dequantize(stored, K))
+def _int8(
+    entry: Entry, conversion: Conversion, source: BinaryIO, layout: Layout, output: BinaryIO, error: Difference
+) -> Iterator[Piece]:  # fmt: skip
+    """The work of writing an int8 weight: its constants, then some rows after others."""
+    format, (N, K) = conversion.format, conversion.shape(entry)
+    assert format is not None, "there are no int8 weights without one"
+
+    def write(part: str, tensor: Tensor, row: int) -> int:
+        bytes_before = row * (tensor.nbytes // max(1, len(tensor))) if row else 0
+        return write_at(tensor, output, layout.places[part_name(entry, part)] + bytes_before)
+
+    def write_constants() -> int:
+        return sum(write(part, tensor, 0) for part, tensor in format.constants(N, K).items())
+
+    def write_rows(rows: slice) -> int:
+        written = 0
+        for here, block in conversion.rows(entry, source, rows):
+            stored = format.quantize(block, conversion.dtype)
+            written += sum(write(part, tensor, here.start) for part, tensor in stored.items())
+            error.add(block, format.dequantize(stored, K))
+        return written
+
+    yield write_constants
+    for step in conversion.steps(entry):
+        yield lambda step=step: write_rows(step)  # type: ignore[misc]
 
 
-def _rounded(block: Tensor, dtype: torch.dtype, entry: Entry) -> Tensor:
-    rounded = block.to(dtype)
-    if not torch.isfinite(rounded).all():
-        raise ValueError(
-            f"{entry.name}: expected merged weights in the range of {dtype}, found {block.abs().max():.3g}"
-        )
-    return rounded
+def _rounded(
+    entry: Entry, conversion: Conversion, source: BinaryIO, layout: Layout, output: BinaryIO
+) -> Iterator[Piece]:  # fmt: skip
+    """The work of writing a tensor in another dtype."""
+    dtype = DTYPES[conversion.dtype]
+    row_bytes = entry.columns * dtype.itemsize
+
+    def write_rows(rows: slice) -> int:
+        written = 0
+        for here, block in conversion.rows(entry, source, rows):
+            rounded = block.to(dtype)
+            if not torch.isfinite(rounded).all():
+                raise ValueError(
+                    f"{entry.name}: expected merged weights in the range of {dtype}, found {block.abs().max():.3g}"
+                )
+            written += write_at(rounded, output, layout.places[entry.name] + here.start * row_bytes)
+        return written
+
+    for step in conversion.steps(entry):
+        yield lambda step=step: write_rows(step)  # type: ignore[misc]

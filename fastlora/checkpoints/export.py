@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from itertools import accumulate
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..adapters.files import read_tensors
-from ..config import LoraConfig
-from .changes import find_changes
-from .convert import Conversion, write_shard
-from .folder import SETTINGS_FILE, check_device, filling, fingerprint, small_files, write_file
+from .convert import Conversion, specs_of, write_file_of
+from .folder import SETTINGS_FILE, check_apart, check_device, check_space, filling, write_file
+from .inputs import AnyAdapters, AnyPath, Inputs, by_folder, read_inputs
 from .int8 import INT8_FORMATS, Specs
 from .layout import index_of, lay_out
 from .linears import Linears, find_linears
 from .merge import Progress
 from .perplexity import check_text, perplexities
+from .plan import plan_small_files
 from .portable import export_adapter
 from .report import ExportReport, LayerError
-from .shards import DTYPES, INDEX_FILE, Shard, find_shards, read_json
+from .shards import DTYPES, INDEX_FILE, Shard
 from .stored import layer_errors
 
 ADAPTERS = ("peft", "portable")
@@ -32,9 +31,9 @@ FORMATS = (*ADAPTERS, *DENSE, *INT8_FORMATS)
 
 
 def export_checkpoint(
-    base: str | PathLike[str],
-    adapter: str | PathLike[str],
-    out: str | PathLike[str],
+    base: AnyPath,
+    adapter: AnyAdapters,
+    out: AnyPath,
     *,
     to: str = "int8",
     text: str | None = None,
@@ -61,12 +60,12 @@ def export_checkpoint(
 
     Args:
         base: a folder of safetensors files in bfloat16, float16 or float32.
-        adapter: a folder of PEFT's format, as in `merge_checkpoint`.
+        adapter: a folder of PEFT's format, or several, as in `merge_checkpoint`; one alone to export as an adapter.
         out: a new folder, or what an interrupted export left.
         to: the format.
         text: a text to measure perplexity on, with the merged model and the exported one, which are loaded one after
             the other for that; for merged formats.
-        device: where to compute, by default the CPU.
+        device: where to compute, by default a GPU if there is one.
         progress: called with the bytes written and their total.
 
     Returns:
@@ -79,31 +78,32 @@ def export_checkpoint(
     """
     if to not in FORMATS:
         raise ValueError(f"to: expected one of {FORMATS}, found {to!r}")
-    base, adapter, out = Path(base), Path(adapter), Path(out)
+    base, out, folders = Path(base), Path(out), by_folder(adapter)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    settings = read_json(base / SETTINGS_FILE) if (base / SETTINGS_FILE).is_file() else {}
+    check_apart(out, [base, *folders])
     if text is not None:
         check_text(base, text, to)
     if to in ADAPTERS:
-        return export_adapter(base, adapter, out, portable=to == "portable")
-    shards = find_shards(base)
-    conversion = _conversion(shards, adapter, settings, to, device or "cpu")
-    report = _write(shards, conversion, settings, adapter, out, to, progress or (lambda done, total: None))
-    return report if text is None else perplexities(report, base, adapter, out, text, device or "cpu")
+        if list(folders.values()) != [1.0]:
+            raise ValueError(f"adapter: expected one of weight 1 for {to!r}, found {len(folders)}; see `combine`")
+        return export_adapter(base, next(iter(folders)), out, portable=to == "portable")
+    inputs = read_inputs(base, folders)
+    report = _write(inputs, _conversion(inputs, to, device), out, to, progress or (lambda done, total: None))
+    return report if text is None else perplexities(report, base, folders, out, text, device)
 
 
-def _conversion(
-    shards: list[Shard], adapter: Path, settings: dict[str, Any], to: str, device: Any
-) -> Conversion:  # fmt: skip
-    entries = {entry.name: entry for shard in shards for entry in shard.entries}
-    changes = find_changes(LoraConfig.from_folder(adapter), read_tensors(adapter), entries, settings)
-    if not changes:
-        raise ValueError(f"{adapter}: expected LoRA weights, found an empty file")
-    main = main_dtype(shards)
+def _conversion(inputs: Inputs, to: str, device: Any) -> Conversion:
+    if inputs.settings.get("quantization_config"):
+        raise ValueError(
+            f"base: expected dense weights for {to!r}, found a quantization_config in config.json; `merge` merges into "
+            "int8 weights"
+        )
+    main = main_dtype(inputs.shards)
     if to in DENSE:
-        return Conversion(changes, main, DENSE[to], None, Linears({}, []), device)
-    format = INT8_FORMATS[to]
-    return Conversion(changes, main, main, format, find_linears(settings, entries, format), device)
+        return Conversion(inputs.changes, main, DENSE[to], None, Linears({}, []), device)
+    linears = find_linears(inputs.settings, inputs.shards, INT8_FORMATS[to])
+    return Conversion(inputs.changes, main, main, INT8_FORMATS[to], linears, device)
 
 
 def main_dtype(shards: list[Shard]) -> str:
@@ -118,36 +118,36 @@ def main_dtype(shards: list[Shard]) -> str:
     return main
 
 
-def _write(
-    shards: list[Shard], conversion: Conversion, settings: dict[str, Any], adapter: Path, out: Path, to: str,
-    progress: Progress,
-) -> ExportReport:  # fmt: skip
-    base = shards[0].path.parent
-    files = {shard.path.name: _specs(shard, conversion) for shard in shards}
-    written = index_of(files, shards) | {SETTINGS_FILE: _settings(settings, conversion)}
-    copied = [file for file in small_files(base) if file.name not in (INDEX_FILE, SETTINGS_FILE)]
-    errors: list[LayerError] = []
+def _write(inputs: Inputs, conversion: Conversion, out: Path, to: str, progress: Progress) -> ExportReport:
+    entries = {shard.path.name: inputs.entries(shard) for shard in inputs.shards}
+    files = {name: specs_of(tensors, conversion) for name, tensors in entries.items()}
     sizes = {name: lay_out(specs).size for name, specs in files.items()}
+    check_space(out, sizes)
+    errors: list[LayerError] = []
     done, total = 0, sum(sizes.values())
-    with filling(out, fingerprint(shards, small_files(base), adapter, to=to), list(files)):
-        for shard in shards:
-            target = out / shard.path.name
-            if target.is_file():
-                errors += layer_errors(shard, conversion, target)
+    with filling(out, inputs.manifest(to=to), list(files)):
+        for name, tensors in entries.items():
+            if (out / name).is_file():
+                errors += layer_errors(tensors, conversion, out / name)
             else:
-                for reached in accumulate(write_shard(shard, conversion, target, errors), initial=done):
+                for reached in accumulate(write_file_of(tensors, conversion, out / name, errors), initial=done):
                     progress(reached, total)
-            done += sizes[target.name]
+            done += sizes[name]
             progress(done, total)
-        for file in copied:
-            write_file(out / file.name, file.read_bytes())
-        for name, content in written.items():
+        for name, content in _small_files(inputs, conversion, files).items():
             write_file(out / name, content)
     return ExportReport(to, total, tuple(errors))
 
 
-def _specs(shard: Shard, conversion: Conversion) -> Specs:
-    return {name: spec for entry in shard.entries for name, spec in conversion.specs(entry).items()}
+def _small_files(inputs: Inputs, conversion: Conversion, files: dict[str, Specs]) -> dict[str, bytes]:
+    """The other files by name, in the order of writing: those of a merge, with the index and config of an export."""
+    contents = plan_small_files(inputs.base, inputs.new, inputs.untied)
+    if INDEX_FILE in contents:
+        tensors = [entry for shard in inputs.shards for entry in inputs.entries(shard)]
+        contents[INDEX_FILE] = index_of(files, sum(math.prod(entry.shape) for entry in tensors))
+    if SETTINGS_FILE in contents:
+        contents[SETTINGS_FILE] = _settings(json.loads(contents[SETTINGS_FILE]), conversion)
+    return contents
 
 
 def _settings(settings: dict[str, Any], conversion: Conversion) -> bytes:
@@ -157,7 +157,7 @@ def _settings(settings: dict[str, Any], conversion: Conversion) -> bytes:
         values["quantization_config"] = conversion.format.settings(conversion.linears.dense)
     elif conversion.dtype != conversion.main:
         values |= _with_dtype(values, str(DTYPES[conversion.dtype]).removeprefix("torch."))
-    return (json.dumps(values, indent=2) + "\n").encode()
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _with_dtype(values: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -9,24 +9,21 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, BinaryIO
-
-from torch import Tensor
+from typing import Any
 
 from .int8 import Specs
-from .shards import INDEX_FILE, Shard, write_tensor
+from .plan import ALIGNMENT
 
 ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-ALIGNMENT = 8  # bytes
 
 
-@dataclass
+@dataclass(frozen=True)
 class Layout:
     """One file to write.
 
     Attributes:
         header: its first bytes.
-        places: where the next bytes of each tensor go.
+        places: where each tensor begins.
         size: of the whole file, in bytes.
     """
 
@@ -34,40 +31,37 @@ class Layout:
     places: dict[str, int]
     size: int
 
-    def write(self, output: BinaryIO, name: str, part: Tensor) -> int:
-        """Writes the next part of a tensor, and returns its bytes."""
-        output.seek(self.places[name])
-        written = write_tensor(output, part)
-        self.places[name] += written
-        return written
-
 
 def lay_out(specs: Specs) -> Layout:
     """The layout of a file with these tensors. Dtypes that are not in `ITEM_BYTES` have one byte an element."""
     values: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places: dict[str, int] = {}
     end = 0
-    for name, (dtype, shape) in sorted(specs.items(), key=lambda item: -ITEM_BYTES.get(item[1][0], 1)):
+    for name, spec in sorted(specs.items(), key=lambda item: -ITEM_BYTES.get(item[1][0], 1)):
         places[name] = end
-        end += math.prod(shape) * ITEM_BYTES.get(dtype, 1)
-        values[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [places[name], end]}
+        end += size_of(spec)
+        values[name] = {"dtype": spec[0], "shape": list(spec[1]), "data_offsets": [places[name], end]}
     text = json.dumps(values, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
     return Layout(header, {name: len(header) + place for name, place in places.items()}, len(header) + end)
 
 
-def index_of(files: dict[str, Specs], shards: list[Shard]) -> dict[str, bytes]:
-    """The index of files, by its name, where the checkpoint had one.
+def size_of(spec: tuple[str, tuple[int, ...]]) -> int:
+    """The bytes of a tensor of this dtype and shape."""
+    return math.prod(spec[1]) * ITEM_BYTES.get(spec[0], 1)
 
-    Its sizes are those of the new tensors, its number of parameters that of the model.
+
+def index_of(files: dict[str, Specs], parameters: int) -> bytes:
+    """The text of the index of files.
+
+    Args:
+        files: their tensors by name.
+        parameters: how many the model has, whatever the tensors are stored in.
     """
-    if not (shards[0].path.parent / INDEX_FILE).is_file():
-        return {}
-    sizes = [math.prod(shape) * ITEM_BYTES.get(dtype, 1) for specs in files.values() for dtype, shape in specs.values()]
-    parameters = sum(math.prod(entry.shape) for shard in shards for entry in shard.entries)
+    size = sum(size_of(spec) for specs in files.values() for spec in specs.values())
     values = {
-        "metadata": {"total_parameters": parameters, "total_size": sum(sizes)},
-        "weight_map": {name: file for file, specs in sorted(files.items()) for name in sorted(specs)},
+        "metadata": {"total_parameters": parameters, "total_size": size},
+        "weight_map": {name: file for file, specs in files.items() for name in specs},
     }
-    return {INDEX_FILE: (json.dumps(values, indent=2) + "\n").encode()}
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from ..log import logger
-from .changes import HEADS, INPUTS, same_tensor
 from .int8 import Int8Format
-from .shards import DTYPES, Entry
+from .names import HEADS, INPUTS, same_tensor
+from .shards import DTYPES, Entry, Shard
 
 EXPERT = re.compile(r"(.*\.)?experts\.\d+\.[^.]+")  # one projection of one expert, as checkpoints store them
 EXPERTS = r"re:.*\.experts\..*"  # all of them, in the words of compressed-tensors
@@ -37,16 +37,17 @@ class Linears:
     dense: list[str]
 
 
-def find_linears(settings: dict[str, Any], entries: dict[str, Entry], format: Int8Format) -> Linears:
+def find_linears(settings: dict[str, Any], shards: list[Shard], format: Int8Format) -> Linears:
     """The linear layers of a checkpoint that a format stores in int8, and those that it leaves.
 
     Args:
         settings: its config.json.
-        entries: its tensors.
+        shards: its files.
 
     Raises:
         ValueError: there are none.
     """
+    entries = {entry.name: entry for shard in shards for entry in shard.entries}
     model = skeleton(settings)
     if format.patterns and not format.experts and _experts(entries):
         raise ValueError(

@@ -1,90 +1,90 @@
-"""Merging an adapter into a checkpoint on disk, without ever building the model.
+"""Merging adapters into a checkpoint on disk, without ever building the model.
 
-One block of one tensor is in memory at a time, beside the adapter. Every file gets its name once it is whole, and an
+A few MB of a tensor are in memory at a time, beside the adapters. Every file gets its name once it is whole, and an
 interrupted merge is taken up again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..adapters.files import read_tensors
-from ..config import LoraConfig
-from .changes import Change, find_changes
-from .folder import SETTINGS_FILE, check_device, filling, fingerprint, small_files, write_file
-from .shards import Shard, copy_range, find_shards, published, read_json, write_tensor
+from .folder import check_apart, check_device, check_space, filling, write_file
+from .inputs import AnyAdapters, AnyPath, by_folder, read_inputs
+from .pieces import write_places
+from .plan import NewFile, plan_small_files, plan_weights
+from .shards import published
 
 Progress = Callable[[int, int], None]
 
 
 def merge_checkpoint(
-    base: str | PathLike[str],
-    adapter: str | PathLike[str],
-    out: str | PathLike[str],
+    base: AnyPath,
+    adapter: AnyAdapters,
+    out: AnyPath,
     *,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Folds an adapter into a checkpoint's weights, `W + scale * B A`, and writes a checkpoint of the same files.
+    """Folds adapters into a checkpoint's weights, `W + sum of weight * scale * B A`, and writes one of the same files.
 
-    Names, dtypes, order and metadata stay; a sum is rounded once, as `merge` does. An interrupted merge of the same
-    inputs goes on where it was. The other small files are copied, pickles and other formats of weights are not.
+    Names, dtypes, order and metadata stay; a sum is formed in float64 and rounded once, as `merge` does it. Int8
+    weights are int8 again. An adapter on one of two tied embeddings makes two tensors of them, as `merge` does: an
+    output head is added and `tie_word_embeddings` becomes false. An interrupted merge of the same inputs goes on where
+    it was. The other small files are copied, pickles and other formats of weights are not.
+
+    Memory: the adapters and some 20 MB per core, up to eight cores; with DoRA on an embedding or a Conv1D, a few times
+    that tensor.
 
     Args:
-        base: a folder of safetensors files, with or without an index, in bfloat16, float16 or float32.
-        adapter: a folder of PEFT's format: LoRA on linear layers, transformers' Conv1D and embeddings, with rsLoRA,
-            patterns, DoRA, biases and `modules_to_save`.
+        base: a folder of safetensors files, with or without an index, in bfloat16, float16, float32 or bitsandbytes'
+            8-bit format.
+        adapter: a folder of PEFT's format: LoRA on linear layers, transformers' Conv1D, convolutions, embeddings and
+            experts (`target_parameters`), with rsLoRA, patterns, DoRA, biases, `modules_to_save` and trained tokens.
+            Or several of them, by path with the factors of their low-rank parts.
         out: a new folder, or what an interrupted merge left.
-        device: where to compute, by default the CPU.
+        device: where to compute, by default a GPU if there is one.
         progress: called with the bytes written and their total.
 
     Raises:
-        ValueError: an argument is none of these, or something is not supported (`target_parameters`, trained tokens,
-            tied embeddings, quantised weights, initialisations that change the base), and nothing is written; or a
+        ValueError: an argument is none of these, or something is not supported (`layer_replication`, 4-bit weights,
+            initialisations that change the base), or another process is writing `out`, and nothing is written; or a
             merged weight is not finite, and what was written is removed.
-        OSError: the files cannot be read or written; a call with the same arguments goes on.
+        OSError: the files cannot be read or written, or there is no room; a call with the same arguments goes on.
     """
-    base, adapter, out = Path(base), Path(adapter), Path(out)
+    base, out = Path(base), Path(out)
+    folders = by_folder(adapter)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    shards = find_shards(base)
-    settings = read_json(base / SETTINGS_FILE) if (base / SETTINGS_FILE).is_file() else {}
-    entries = {entry.name: entry for shard in shards for entry in shard.entries}
-    changes = find_changes(LoraConfig.from_folder(adapter), read_tensors(adapter), entries, settings)
-    if not changes:
-        raise ValueError(f"{adapter}: expected LoRA weights, found an empty file")
-    copied = small_files(base)
-    with filling(out, fingerprint(shards, copied, adapter), [shard.path.name for shard in shards]):
-        _write_shards(shards, changes, out, device or "cpu", progress or (lambda done, total: None))
-        for file in copied:
-            write_file(out / file.name, file.read_bytes())
+    check_apart(out, [base, *folders])
+    inputs = read_inputs(base, folders)
+    files = plan_weights(inputs.shards, inputs.changes, inputs.new)
+    sizes = {file.name: file.size for file in files}
+    check_space(out, sizes)
+    with filling(out, inputs.manifest(), list(sizes)):
+        _write_files(files, out, device, progress or (lambda done, total: None))
+        for name, content in plan_small_files(base, inputs.new, inputs.untied).items():
+            write_file(out / name, content)
 
 
-def _write_shards(
-    shards: list[Shard], changes: dict[str, Change], out: Path, device: Any, progress: Progress
-) -> None:  # fmt: skip
-    done, total = 0, sum(shard.size for shard in shards)
-    for shard in shards:
+def _write_files(files: list[NewFile], out: Path, device: Any, progress: Progress) -> None:
+    done, total = 0, sum(file.size for file in files)
+    for file in files:
         before = done
-        if not (out / shard.path.name).is_file():
-            for written in _write_shard(shard, changes, out / shard.path.name, device):
+        if not (out / file.name).is_file():
+            for written in _write_file(file, out / file.name, device):
                 done += written
                 progress(done, total)
-        done = before + shard.size
+        done = before + file.size
         progress(done, total)
 
 
-def _write_shard(shard: Shard, changes: dict[str, Change], target: Path, device: Any) -> Iterator[int]:
+def _write_file(file: NewFile, target: Path, device: Any) -> Iterator[int]:
     """Writes one file, and yields the bytes of every piece."""
-    with shard.path.open("rb") as source, published(target) as output:
-        yield from copy_range(source, output, 0, shard.data)
-        for entry in shard.entries:
-            if entry.name not in changes:
-                yield from copy_range(source, output, entry.start, entry.stop)
-                continue
-            for block in changes[entry.name].blocks(entry, source, device):
-                yield write_tensor(output, block)
+    with published(target) as output:
+        output.write(file.header)
+        output.flush()
+        yield from write_places(output, file.places, device)

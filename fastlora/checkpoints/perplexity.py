@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.files import load
+from ..adapters.registry import set_adapter, set_scale
 from .report import ExportReport
 
 WINDOW = 1024  # tokens read at once, less where the model takes less
@@ -33,12 +34,23 @@ def check_text(base: Path, text: str, to: str) -> None:
 
 
 def perplexities(
-    report: ExportReport, base: Path, adapter: Path, out: Path, text: str, device: torch.device | str
+    report: ExportReport, base: Path, folders: dict[Path, float], out: Path, text: str, device: torch.device | str
 ) -> ExportReport:
-    """The report with the perplexity of the base with its adapter, and of the exported model, loaded in turn."""
+    """The report with the perplexity of the base with its adapters, and of the exported model, loaded in turn."""
     tokens = _tokens(base, text)
-    before = perplexity(load(_model(base, device), adapter), tokens)
+    before = perplexity(_adapted(base, folders, device), tokens)
     return replace(report, perplexity=(before, perplexity(_model(out, device), tokens)))
+
+
+def _adapted(base: Path, folders: dict[Path, float], device: torch.device | str) -> nn.Module:
+    model = _model(base, device)
+    names = {str(index): folder for index, folder in enumerate(folders)}
+    for name, folder in names.items():
+        load(model, folder, adapter=name)
+    set_adapter(model, list(names))
+    for name, folder in names.items():
+        set_scale(model, name, folders[folder])
+    return model
 
 
 def _tokens(base: Path, text: str) -> Tensor:

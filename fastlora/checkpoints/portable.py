@@ -20,10 +20,12 @@ from ..adapters.files import WEIGHTS_FILE, read_tensors, write_folder
 from ..config import PREFIX, LoraConfig
 from ..init_settings import SETTINGS
 from ..models.targets import rank_of, scaling_of, shortest_targets
-from .changes import find_changes, is_head, is_input, same_tensor
-from .folder import SETTINGS_FILE, filling, fingerprint, small_files, write_file
+from .changes import Adapter, find_all_changes
+from .folder import filling, fingerprint, small_files, write_file
+from .inputs import read_settings
+from .names import is_head, is_input, same_tensor
 from .report import ExportReport
-from .shards import DTYPES, Entry, find_shards, read_json
+from .shards import DTYPES, Entry, find_shards
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 # Projections that some versions of a model have as one, its rows one after the other.
@@ -47,7 +49,6 @@ def export_adapter(base: Path, adapter: Path, out: Path, portable: bool) -> Expo
         ValueError: the adapter does not fit the base, or cannot be said in the portable format.
     """
     shards = find_shards(base)
-    settings = read_json(base / SETTINGS_FILE) if (base / SETTINGS_FILE).is_file() else {}
     entries = {entry.name: entry for shard in shards for entry in shard.entries}
     config, tensors = LoraConfig.from_folder(adapter), read_tensors(adapter)
     notes: list[str] = []
@@ -55,7 +56,7 @@ def export_adapter(base: Path, adapter: Path, out: Path, portable: bool) -> Expo
         config, tensors = portable_adapter(config, tensors, entries, notes)
     else:
         tensors = _without_copies(config, tensors, entries, notes)
-    if not find_changes(config, tensors, entries, settings):
+    if not find_all_changes([Adapter(config, tensors)], entries, read_settings(base))[0]:
         raise ValueError(f"{adapter}: expected LoRA weights, found an empty file")
     config = _without_training(config)
     name = "portable" if portable else "peft"

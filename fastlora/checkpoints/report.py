@@ -45,18 +45,19 @@ class ExportReport:
 
 
 class Difference:
-    """Sums of squares of a tensor and of its difference from another, in float64, block by block."""
+    """Sums of squares of a tensor and of its difference from another, block by block in any order, by any thread."""
 
     def __init__(self) -> None:
-        self.difference = self.total = 0.0
+        self.sums: list[tuple[float, float]] = []
 
     def add(self, expected: Tensor, found: Tensor) -> None:
-        self.difference += squared_norm(expected - found)
-        self.total += squared_norm(expected)
+        self.sums.append((squared_norm(expected - found), squared_norm(expected)))
 
     @property
     def relative_rms(self) -> float:
-        return math.sqrt(self.difference / self.total) if self.total else math.sqrt(self.difference)
+        # fsum rounds once, so that the order of the blocks does not matter.
+        difference, total = (math.fsum(sums) for sums in zip(*self.sums, strict=True)) if self.sums else (0.0, 0.0)
+        return math.sqrt(difference / total) if total else math.sqrt(difference)
 
 
 def squared_norm(values: Tensor) -> float:

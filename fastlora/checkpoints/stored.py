@@ -59,7 +59,7 @@ class Stored:
                 return f"expected {part} {expected.tolist()}, found {found.tolist()}"
         return None
 
-    def beside(self, merged: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def beside(self, merged: Iterable[tuple[slice, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of rows, each with what the files have for it, in float32."""
         constant = self.format.constants(self.N, self.K)
         with ExitStack() as stack:
@@ -67,12 +67,9 @@ class Stored:
                 part: (stack.enter_context(path.open("rb")), entry)
                 for part, (path, entry) in self.parts.items() if part not in constant
             }  # fmt: skip
-            start = 0
-            for block in merged:
-                rows = slice(start, start + len(block))
+            for rows, block in merged:
                 found = {part: entry.read(file, rows).to(block.device) for part, (file, entry) in opened.items()}
                 yield block, self.format.dequantize(found, self.K)
-                start = rows.stop
 
 
 def find_stored(entry: Entry, conversion: Conversion, files: Files) -> Stored | None:
@@ -87,11 +84,11 @@ def find_stored(entry: Entry, conversion: Conversion, files: Files) -> Stored | 
     return Stored(conversion.format, N, K, {part: files.places[name] for part, name in names.items()})
 
 
-def layer_errors(shard: Shard, conversion: Conversion, target: Path) -> list[LayerError]:
-    """The errors of the int8 weights of a file that is written already."""
+def layer_errors(entries: list[Entry], conversion: Conversion, target: Path) -> list[LayerError]:
+    """The errors of the int8 weights of a file that is written already, from tensors of one file of the base."""
     files, errors = Files([read_header(target)]), []
-    with shard.path.open("rb") as source:
-        for entry in shard.entries:
+    with entries[0].path.open("rb") as source:
+        for entry in entries:
             stored = find_stored(entry, conversion, files)
             if stored is None:
                 continue

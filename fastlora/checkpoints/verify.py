@@ -11,23 +11,21 @@ weight may be off by half the distance of two codes.
 
 from __future__ import annotations
 
-from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from ..adapters.files import read_tensors
-from ..config import LoraConfig
-from .changes import Change, find_changes
+from .change import AbsmaxChange, Change
 from .convert import Conversion
-from .folder import SETTINGS_FILE, check_device
+from .folder import check_device
+from .inputs import AnyAdapters, AnyPath, by_folder, read_inputs, read_settings
 from .int8 import FLOAT32_UNIT, format_of
 from .linears import Linears, find_linears
 from .merge import Progress
 from .report import Comparison, TensorCheck, Verification
-from .shards import DTYPES, Entry, find_shards, read_json, same_bytes
+from .shards import DTYPES, Entry, find_shards, same_bytes
 from .stored import Files, Stored, find_stored
 
 UPDATE_ROUNDINGS = 2
@@ -35,9 +33,9 @@ DORA_ROUNDINGS = 4
 
 
 def verify_checkpoint(
-    base: str | PathLike[str],
-    adapter: str | PathLike[str],
-    merged: str | PathLike[str],
+    base: AnyPath,
+    adapter: AnyAdapters,
+    merged: AnyPath,
     *,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
@@ -56,38 +54,33 @@ def verify_checkpoint(
     Raises:
         ValueError: a folder is not what it should be, or its format is unknown. A wrong tensor raises nothing.
     """
-    base, adapter, merged = Path(base), Path(adapter), Path(merged)
+    base, merged = Path(base), Path(merged)
     check_device(device)
-    shards, found = find_shards(base), find_shards(merged)
-    settings, merged_settings = _settings(base), _settings(merged)
-    entries = {entry.name: entry for shard in shards for entry in shard.entries}
-    changes = find_changes(LoraConfig.from_folder(adapter), read_tensors(adapter), entries, settings)
-    format = format_of(merged_settings)
+    inputs = read_inputs(base, by_folder(adapter))
+    files, format = Files(find_shards(merged)), format_of(read_settings(merged))
     linears = Linears({}, [])
-    if format is not None and format.conv1d:  # such weights are stored the other way round
-        linears = find_linears(settings, entries, format)
-    conversion = Conversion(changes, "", "", format, linears, device or "cpu")
-    files = Files(found)
-    done, total = 0, sum(shard.size for shard in shards)
+    if format is not None and format.conv1d and format_of(inputs.settings) is None:
+        # Such weights are stored the other way round.
+        linears = find_linears(inputs.settings, inputs.shards, format)
+    conversion = Conversion(inputs.changes, "", "", format, linears, device or "cpu")
+    entries = [(shard, entry) for shard in inputs.shards for entry in inputs.entries(shard)]
+    done, total = 0, sum(entry.stop - entry.start for _, entry in entries)
     checks: list[TensorCheck] = []
-    for shard in shards:
-        with shard.path.open("rb") as source:
-            for entry in shard.entries:
+    for shard, entry in entries:
+        if not isinstance(inputs.changes.get(entry.name), AbsmaxChange):  # which is a part of the weight's check
+            with shard.path.open("rb") as source:
                 checks.append(_check(entry, source, conversion, files))
-                done += entry.stop - entry.start
-                if progress is not None:
-                    progress(done, total)
+        done += entry.stop - entry.start
+        if progress is not None:
+            progress(done, total)
     extra = files.places.keys() - files.used
     checks += [TensorCheck(name, "extra", problem="expected no such tensor") for name in sorted(extra)]
     return Verification("dense" if format is None else format.name, tuple(checks))
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    return read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).is_file() else {}
-
-
 def _check(entry: Entry, source: BinaryIO, conversion: Conversion, files: Files) -> TensorCheck:
-    stored = find_stored(entry, conversion, files)
+    same = entry.dtype == "I8" and entry.name not in conversion.changes
+    stored = None if same else find_stored(entry, conversion, files)
     if stored is not None:
         return _check_int8(entry, source, conversion, stored)
     place = files.find(entry.name)
@@ -114,13 +107,10 @@ def _check_dense(
     limits = torch.finfo(DTYPES[found.dtype])
     unit = 0.0 if kind == "copied" else limits.eps / 2
     comparison = Comparison()
-    start = 0
-    for expected in conversion.merged(entry, source):
-        rows = slice(start, start + len(expected))
+    for rows, expected in conversion.merged(entry, source):
         actual = found.read(file, rows).to(expected.device).float()
         bound = _bound(change, rows, expected, unit) + (limits.tiny * limits.eps / 2 if unit else 0.0)
         comparison.add_bounded(expected, actual, bound)
-        start = rows.stop
     return comparison.result(entry.name, kind)
 
 
@@ -128,15 +118,18 @@ def _bound(change: Change, rows: slice, expected: Tensor, unit: float) -> Tensor
     """What rounding explains in rows of a dense tensor."""
     if not unit:
         return torch.zeros_like(expected)
-    bound = (unit * (1 if change.magnitude is None else DORA_ROUNDINGS) + FLOAT32_UNIT) * expected.abs()
-    if change.added is not None:
-        return bound + unit * change.added[rows].abs().to(bound.device)
-    if change.a is None or change.b is None:
-        return bound
-    of_inputs, of_outputs = change.a.norm(dim=0), change.b.norm(dim=1)
-    left, right = (of_inputs, of_outputs) if change.transposed else (of_outputs, of_inputs)
-    factor = abs(change.scale) * (UPDATE_ROUNDINGS * unit + change.a.shape[0] * FLOAT32_UNIT)
-    return bound + (factor * left[rows, None] * right).to(bound.device)
+    roundings = DORA_ROUNDINGS if any(term.magnitude is not None for term in change.terms) else 1
+    bound = (unit * roundings + FLOAT32_UNIT) * expected.abs()
+    for added in change.added:
+        bound = bound + unit * added[rows].abs().to(bound.device)
+    for term in change.terms:
+        of_inputs, of_outputs = term.a.float().norm(dim=-2), term.b.float().norm(dim=-1)
+        left, right = (of_inputs, of_outputs) if change.transposed else (of_outputs, of_inputs)
+        factor = abs(term.scale) * (UPDATE_ROUNDINGS * unit + term.a.shape[-2] * FLOAT32_UNIT)
+        left, right = left[rows], right[rows] if right.dim() == 2 else right  # experts have norms of their own
+        products = left[..., :, None] * right[..., None, :]
+        bound = bound + (factor * products).to(bound.device).view(bound.shape)
+    return bound
 
 
 def _check_int8(entry: Entry, source: BinaryIO, conversion: Conversion, stored: Stored) -> TensorCheck:
