@@ -20,6 +20,7 @@ from .change import AbsmaxChange, Change
 from .shards import Entry, fill
 
 CHUNK = 1 << 23  # bytes copied at once
+WRITE = 1 << 20  # bytes of a call; for twice as many the system looks for such large pages that it takes twice as long
 MOST_WORKERS = 8  # each of which holds a block of a tensor or two
 # What copy_file_range says where it does not work between two files.
 NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
@@ -97,7 +98,7 @@ def write_at(tensor: torch.Tensor, output: BinaryIO, place: int) -> int:
 def _write_bytes(data: memoryview, output: BinaryIO, place: int) -> int:
     done = 0
     while done < len(data):
-        done += os.pwrite(output.fileno(), data[done:], place + done)
+        done += os.pwrite(output.fileno(), data[done : done + WRITE], place + done)
     _begin_writing(output, place, done)
     return done
 
