@@ -167,6 +167,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """The frozen model without its adapters, merged or not, inside a `with` block."""
     switched = [layer for layer in patched_layers(model).values() if layer.adapters_enabled]
     for layer in switched:
+        layer.check_base_kept("disabled")
+    for layer in switched:
         layer.disable()
     try:
         with trained.originals_in_place(model, active_adapters(model) if switched else ()):
