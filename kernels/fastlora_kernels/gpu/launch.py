@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Launch:
         return self.kernel.warmup(grid=self.grid, **self.arguments)
 
 
+@functools.cache
 def device_arch(device: torch.device) -> int | None:
     """Compute capability as one number (90 for sm_90); None where there is no CUDA device."""
     if device.type != "cuda":
@@ -45,11 +48,18 @@ def device_arch(device: torch.device) -> int | None:
     return major * 10 + minor
 
 
-def check_rank(rank: int, limit: int) -> None:
-    if not 1 <= rank <= limit:
-        raise ValueError(f"rank: expected 1 to {limit}, found {rank}")
+@functools.cache
+def device_name(device: torch.device) -> str | None:
+    """The GPU's name; None where there is no CUDA device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def next_block(size: int, smallest: int = 16) -> int:
     """The power of two, at least `smallest`, that holds `size`."""
     return max(smallest, triton.next_power_of_2(size))
+
+
+def operand(name: str, tensor: Tensor | None, axes: str) -> dict[str, Any]:
+    """The kernel arguments of one 2-D tensor: its pointer and its strides, 0 where there is no tensor."""
+    strides = (0, 0) if tensor is None else tensor.stride()
+    return {f"{name}_ptr": tensor, f"stride_{name}{axes[0]}": strides[0], f"stride_{name}{axes[1]}": strides[1]}
