@@ -78,8 +78,8 @@ def bounds(row: Row, over: str | None, value: float) -> list[str]:
     if target is None:
         return ["", "", ""]
     met = verdict(value, target)
-    aim = "" if target.aim is None else f"<= {target.aim:g}"
-    return [f"<= {target.reach:g}", aim, f"[{STYLES[met]}]{met}[/]"]
+    aim = "" if target.aim is None else f"<= {target.aim:.4g}"
+    return [f"<= {target.reach:.4g}", aim, f"[{STYLES[met]}]{met}[/]"]
 
 
 def origin(rows: list[Row]) -> str:

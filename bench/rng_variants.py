@@ -12,11 +12,12 @@ from torch import Tensor
 
 from fastlora_kernels.gpu.jit import convert, dot, dropout_keys, keep_mask
 from fastlora_kernels.gpu.launch import Launch
-from fastlora_kernels.reference import LANE_BITS, drop_threshold
+from fastlora_kernels.reference import LANE_BITS, LANE_MASK, drop_threshold
 
 VARIANTS = ("none", "hash", "rand", "randint4x, 10 rounds", "randint4x, 7 rounds", "16-bit lanes, 7 rounds")
 ROUNDS = {"randint4x, 10 rounds": 10, "randint4x, 7 rounds": 7, "16-bit lanes, 7 rounds": 7}
-_LANE_BITS = tl.constexpr(LANE_BITS)
+_LANE_MASK = tl.constexpr(LANE_MASK)
+_LANES = tl.constexpr(float(1 << LANE_BITS))
 _NONE, _HASH, _RAND, _RANDINT4X = (tl.constexpr(index) for index in range(4))
 _KINDS = {"none": _NONE, "hash": _HASH, "rand": _RAND}
 
@@ -36,9 +37,9 @@ def _lanes(
     offsets = offs_m[:, None] * tl.cdiv(K, numbers) + k // numbers + tl.arange(0, BLOCK_K // numbers)[None, :]
     a, b, c, d = tl.randint4x(seed, offsets, ROUNDS)
     if HALVES == 1:
-        return _interleaved(a, b, c, d, BLOCK_M, BLOCK_K).to(tl.int32) & 0x7FFF
+        return _interleaved(a, b, c, d, BLOCK_M, BLOCK_K).to(tl.int32) & _LANE_MASK
     low = _interleaved(a, b, c, d, BLOCK_M, BLOCK_K // 2).to(tl.int32)
-    return tl.join(low & 0x7FFF, (low >> 16) & 0x7FFF).reshape(BLOCK_M, BLOCK_K)
+    return tl.join(low & _LANE_MASK, (low >> 16) & _LANE_MASK).reshape(BLOCK_M, BLOCK_K)
 
 
 @triton.jit
@@ -66,7 +67,7 @@ def _masked_shrink_kernel(
         if KIND == _HASH:
             x = tl.where(keep_mask(key_1, key_2, offs_m[:, None], offs_k[None, :], (K + 1) // 2, threshold), x, 0.0)
         elif KIND == _RAND:
-            lanes = (tl.rand(seed, places.to(tl.int32)) * (1 << _LANE_BITS)).to(tl.int32)
+            lanes = (tl.rand(seed, places.to(tl.int32)) * _LANES).to(tl.int32)
             x = tl.where(lanes >= threshold, x, 0.0)
         elif KIND == _RANDINT4X:
             x = tl.where(_lanes(seed, offs_m, k, K, ROUNDS, HALVES, BLOCK_M, BLOCK_K) >= threshold, x, 0.0)
