@@ -35,12 +35,6 @@ def pytest_addoption(parser):
     parser.addoption("--results", type=Path, default=RESULTS, help="folder for the rows")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "cpu: measures on the CPU")
-    config.addinivalue_line("markers", "gpu: measures on a GPU")
-    config.addinivalue_line("markers", "full: left out by --quick")
-
-
 def pytest_collection_modifyitems(config, items):
     reasons = []
     if config.getoption("--quick"):

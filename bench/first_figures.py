@@ -22,13 +22,23 @@ from gpu import Builder, DeviceClock, copies, machine, prepare
 from gpu_layers import BF16, Place, Shape, check_linear, frozen, ours, peft_fp32, peft_layer, training
 from harness import Laps, append_rows, assert_accurate, rounds_within, rows_from_samples, rows_not_run
 from rng_variants import VARIANTS, masked_shrink
+from torch import Tensor
 
 from fastlora import ops
 from fastlora_kernels import reference
+from fastlora_kernels.gpu.jit import INTERPRETED
+from fastlora_kernels.gpu.lora_linear import planned_forward
+from fastlora_kernels.gpu.plan import Plan
+from fastlora_kernels.gpu.tiles import Tile
 
 CUBLAS = "bf16, cuBLAS"
 SHAPES = [(8192, 4096, 4096), (8192, 4096, 14336)]
-SECONDS = 1.0
+SECONDS = 0.5
+# Of our own product: the safe plan may be cuBLAS itself.
+TILES = [
+    Tile(block_m, block_n, 64, 8, 3, tma=True, persistent=persistent)
+    for block_m, block_n, persistent in ((128, 256, True), (256, 128, True), (128, 128, True), (128, 256, False))
+]
 RANK, DROPOUT = 16, 0.05
 
 Write = Callable[..., None]
@@ -46,7 +56,7 @@ def int8_weight_product(place: Place, write: Write) -> None:
 
 
 def products(shape: Shape, question: str, write: Write, ours_int8: bool) -> None:
-    """cuBLAS in bf16, and ours without an adapter and with one."""
+    """cuBLAS in bf16, our kernel without an adapter by tile, and what the op chooses with one."""
     check_linear(shape, int8=ours_int8)
     sets = range(shape.copies())
     xs, ws = [shape.x(seed) for seed in sets], [shape.weight(seed) for seed in sets]
@@ -54,16 +64,28 @@ def products(shape: Shape, question: str, write: Write, ours_int8: bool) -> None
     a, b = shape.random(shape.r, shape.K, scale=shape.K**-0.5), shape.random(shape.N, shape.r)
     exact = xs[0].double() @ reference.dequantize_rows(*frozen_weights[0], torch.float64).T
     eager = xs[0] @ reference.dequantize_rows(*frozen_weights[0], BF16).T
-    assert_accurate(question, ops.lora_linear(xs[0], *frozen_weights[0]).double() - exact, eager.double() - exact)
     builders: dict[str, Builder] = {
         CUBLAS: lambda: [partial(torch.mm, x, w.T) for x, w in zip(xs, ws, strict=True)],
-        "fastlora": lambda: [partial(ops.lora_linear, x, *w) for x, w in zip(xs, frozen_weights, strict=True)],
-        f"fastlora, r={shape.r}": lambda: [
+        f"fastlora, r={shape.r}, as chosen": lambda: [
             partial(ops.lora_linear, x, *w, None, a, b, 2.0) for x, w in zip(xs, frozen_weights, strict=True)
         ],
     }
+    for tile in TILES[:1] if shape.place.tiny else TILES:
+        name = f"our kernel, {tile.block_m} x {tile.block_n}{', persistent' if tile.persistent else ''}"
+        builders[name] = partial(own_product, tile, xs, frozen_weights, exact, eager)
     work = {"flop": shape.flop(), "bytes": shape.bytes(1.0 if ours_int8 else 2.0)}
     write(question, shape.name, builders, [CUBLAS], shape.sizes, work)
+
+
+def own_product(tile: Tile, xs: list[Tensor], weights: list, exact: Tensor, eager: Tensor) -> list[Callable[[], Any]]:
+    """Calls of our product with a tile; what is not as accurate as eager PyTorch is not timed."""
+
+    def product(x: Tensor, w: tuple[Tensor, Tensor | None]) -> Tensor:
+        return planned_forward(Plan("two_pass", tile, ""), x, *w, None, None, None, 0.0, 0.0, None)[0]
+
+    error = product(xs[0], weights[0]).double() - exact
+    assert_accurate(f"tile {tile}", error, eager.double() - exact)
+    return [partial(product, x, w) for x, w in zip(xs, weights, strict=True)]
 
 
 def int8_products(place: Place, write: Write) -> None:
@@ -86,7 +108,7 @@ def int8_products(place: Place, write: Write) -> None:
         write("3: product of int8 with int8", shape.name, builders, [CUBLAS], shape.sizes, work)
 
 
-def whole_numbers(rows: int, columns: int, device: str) -> torch.Tensor:
+def whole_numbers(rows: int, columns: int, device: str) -> Tensor:
     return torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=device)
 
 
@@ -160,6 +182,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.tiny:
         raise SystemExit("there is no GPU: --tiny runs everything once without timing")
+    if device == "cpu" and not INTERPRETED:
+        raise SystemExit("there is no GPU: set TRITON_INTERPRET=1 to run the kernels without one")
     place = Place(device, options.tiny)
     write, failed = writer(place, options.file), []
     for figure in FIGURES:

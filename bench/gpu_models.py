@@ -112,9 +112,7 @@ def step(make: Make, adapt: Adapt, place: Place, inputs: list[Tensor], autocast:
         outputs = model(*inputs)
     outputs = [outputs] if isinstance(outputs, Tensor) else outputs
     generator = torch.Generator(place.device).manual_seed(7)
-    gradients = [
-        torch.randn(y.shape, generator=generator, device=place.device).to(y.dtype) for y in outputs
-    ]  # fmt: skip
+    gradients = [torch.randn(y.shape, generator=generator, device=place.device).to(y.dtype) for y in outputs]
     return [backward_too(model, [x.clone() for x in inputs], gradients, autocast)]
 
 
@@ -131,5 +129,4 @@ class Embedded(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        return base.model(inputs_embeds=x, use_cache=False).last_hidden_state  # type: ignore[operator, union-attr]
+        return self.model.model(inputs_embeds=x, use_cache=False).last_hidden_state  # type: ignore[operator, union-attr]

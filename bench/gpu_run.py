@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -29,7 +30,9 @@ SECONDS = 520  # of nine minutes
 PATIENCE = 5  # seconds between asking a stage to stop and stopping it
 LOG, SUMMARY = "log.txt", "run.json"
 MOST_LOGGED = 8 << 20  # bytes of log.txt
-GPU_TESTS = ["test_kernels_linear.py", "test_kernels_weights.py", "test_dropout.py", "test_runtime.py"]
+GPU_TESTS = ["test_kernels_*.py", "test_dropout.py", "test_runtime.py"]
+QUESTIONS = ["linear", "layers", "int8", "decode", "merge", "memory", "mixed"]  # the most important first
+TEST_PROCESSES = 8  # compiling is most of what a test of a kernel does
 
 
 @dataclass(frozen=True)
@@ -124,27 +127,21 @@ def _shorten(log: Path) -> None:
 def stages_for(out: Path, python: str = sys.executable) -> list[Stage]:
     """What to run, the most important first; together within `SECONDS`."""
     out = out.resolve()
-    bench = [
-        python,
-        "-m",
-        "pytest",
-        "bench",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--benchmark-quiet",
-        "--results",
-        str(out),
-    ]
-    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=25", f"--junit-xml={out}/tests.xml"]
-    report = Stage("report", [python, "bench/report.py", "--results", str(out), "--gpu"], 20, "report.txt")
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    questions = [f"bench/test_gpu_{name}.py" for name in QUESTIONS]
+    bench = [*pytest, *questions, "--benchmark-quiet", "--results", str(out)]
+    files = sorted(file for name in GPU_TESTS for file in (ROOT / "tests").glob(name))
+    tests = [*pytest, *(f"tests/{file.name}" for file in files), "--maxfail=25", f"--junit-xml={out}/tests.xml"]
+    if importlib.util.find_spec("xdist"):
+        tests += ["--numprocesses", str(TEST_PROCESSES)]
+    report = Stage("report", [python, "bench/report.py", "--gpu", "--results", str(out)], 15, "report.txt")
     return [
-        Stage("first figures", [python, "bench/first_figures.py", f"{out}/first-figures.json"], 85),
-        Stage("correctness", [*tests, *(f"tests/{name}" for name in GPU_TESTS)], 110),
+        Stage("first figures", [python, "bench/first_figures.py", f"{out}/first-figures.json"], 95),
+        Stage("correctness", tests, 110),
         Stage("target table", [*bench, "-m", "gpu and not full"], 150),
         report,
         Stage("tuning", [python, "bench/tune.py", "--results", str(out), "--seconds", "50"], 65),
-        Stage("sweeps", [*bench, "-m", "gpu and full"], 55),
+        Stage("sweeps", [*bench, "-m", "gpu and full"], 60),
         report,
     ]
 

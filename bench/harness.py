@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastlora
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 SLOW_ROUND = 60
@@ -272,7 +274,8 @@ def _version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        # Run from its sources, this library is there without being installed.
+        return fastlora.__version__ if distribution == LIBRARIES["fastlora"] else "not installed"
 
 
 def _cpuinfo(name: str) -> str:

@@ -23,6 +23,8 @@ from gpu_models import (
 from harness import assert_accurate
 from torch import nn
 
+from fastlora import ops
+
 pytestmark = pytest.mark.gpu
 FLOOR = "frozen"
 OVER = [FLOOR, "PEFT bf16"]
@@ -60,8 +62,6 @@ def results(model: nn.Module, inputs: list) -> list:
 
 
 def eager_results(make, place, inputs) -> list:
-    from fastlora import ops
-
     with ops.using("reference"):
         return results(ours(made(make, frozen, place), p=0.0), inputs)
 
@@ -100,10 +100,23 @@ def test_whole_layer(race, place):
         return Embedded(llama_layer(place))
 
     check_accuracy(make, place, [x[:, : max(1, x.shape[1] // 8)]])
-    builders = contenders(make, place, [x])
-    builders["PEFT bf16, torch.compile"] = lambda: step(make, compiled_peft(place), place, [x])
-    race("whole layer", f"Llama-8B, {x.shape[1]} tokens", builders, [*OVER, "PEFT bf16, torch.compile"])
+    race("whole layer", f"Llama-8B, {x.shape[1]} tokens", contenders(make, place, [x]), OVER)
 
 
-def compiled_peft(place):
-    return lambda model: torch.compile(peft_model(model), backend="eager" if place.tiny else "inductor")
+@pytest.mark.full  # compiling takes longer than all the rest
+def test_whole_layer_compiled(race, place):
+    x = tokens(place, M, HIDDEN)[None]
+    backend = "eager" if place.tiny else "inductor"
+
+    def make() -> nn.Module:
+        return Embedded(llama_layer(place))
+
+    def compiled(adapt):
+        return lambda model: torch.compile(adapt(model), backend=backend)
+
+    builders = {
+        FLOOR: lambda: step(make, compiled(frozen), place, [x]),
+        "fastlora bf16": lambda: step(make, compiled(ours), place, [x]),
+        "PEFT bf16": lambda: step(make, compiled(peft_model), place, [x]),
+    }
+    race("whole layer, all compiled", f"Llama-8B, {x.shape[1]} tokens", builders, OVER)
