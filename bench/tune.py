@@ -140,24 +140,44 @@ def tune(file: Path, seconds: float, say: Say) -> None:
     properties = torch.cuda.get_device_properties(0)
     arch = properties.major * 10 + properties.minor
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda or ""}
-    clock, rows = DeviceClock(), []
+    clock = DeviceClock()
+    rows: list[tables.Row] = []
     # Compiling needs no GPU, and a process with another driver for it must not have one.
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
+    try:
         for group in groups():
-            asked = {size: accepted(pool, size, arch) for size in group}
-            found = []
-            for size, plans in asked.items():
-                verdicts = [(plan, future.result(max(1.0, end - time.monotonic()))) for plan, future in plans]
-                for plan, refused in verdicts:
-                    if refused:
-                        say(f"  refused {plan.kind} {plan.tile}: {refused}")
-                found.append(fastest(size, [plan for plan, refused in verdicts if not refused], "cuda", clock, say))
-                if time.monotonic() > end:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    return
-            rows += [row for row in found if row is not None]
+            found = tuned(group, pool, arch, end, clock, say)
+            if time.monotonic() > end:
+                return
+            rows += found
             date = datetime.now(UTC).isoformat(timespec="seconds")
             tables.write(tables.Table(properties.name, arch, True, versions, date, tuple(rows)), file)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def tuned(
+    group: list[Size], pool: ProcessPoolExecutor, arch: int, end: float, clock: Any, say: Say
+) -> list[tables.Row]:
+    """The rows of a group of sizes, all of which are compiled while the first is measured.
+
+    Raises:
+        TimeoutError: the compiler was not done at `end`.
+    """
+    asked = {size: accepted(pool, size, arch) for size in group}
+    rows = []
+    for size, plans in asked.items():
+        kept = []
+        for plan, future in plans:
+            refused = future.result(max(1.0, end - time.monotonic()))
+            if refused:
+                say(f"  refused {plan.kind} {plan.tile}: {refused}")
+            else:
+                kept.append(plan)
+        rows.append(fastest(size, kept, "cuda", clock, say))
+        if time.monotonic() > end:
+            break
+    return [row for row in rows if row is not None]
 
 
 def file_name(gpu: str) -> str:
@@ -167,7 +187,7 @@ def file_name(gpu: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, help="folder for the table, there called tuned-GPU.json")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="when to stop")
+    parser.add_argument("--seconds", type=float, default=86400.0, help="when to stop")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU to tune for")

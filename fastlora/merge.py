@@ -40,15 +40,16 @@ def merge(
         The same model.
 
     Raises:
-        ValueError: the model is not patched, there is no adapter of a name, an adapter cannot be
+        ValueError: the model is not patched or its adapters are disabled, there is no adapter of a name, one cannot be
             folded into its layer, or a merged weight would not be finite; nothing is merged then.
     """
-    before = active_adapters(model)
+    layers, before = patched_layers(model), active_adapters(model)
+    for layer in layers.values():
+        layer.check_enabled("merge")
     if adapters is not None:
         for adapter in adapters:
             check_known(model, adapter)
         set_adapter(model, adapters)
-    layers = patched_layers(model)
     todo = {name: layer for name, layer in layers.items() if layer.adapters_to_merge()}
     finished = False
     try:

@@ -147,6 +147,20 @@ def test_a_merged_model_can_let_go_of_the_base():
         fastlora.unmerge(model)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_disabled_model_is_not_merged(merged):
+    """What is merged is out of its place there: letting go of the base would lose the merge."""
+    model = adapted("plain")
+    if merged:
+        fastlora.merge(model)
+    before = state(model)
+    with fastlora.disabled(model):
+        for keep_base in (True, False):
+            with pytest.raises(ValueError, match="expected enabled adapters"):
+                fastlora.merge(model, keep_base=keep_base)
+    assert_same(state(model), before)
+
+
 @pytest.mark.parametrize("keep_base", [True, False])
 @pytest.mark.parametrize(("place", "value"), [("lora_A", float("nan")), ("lora_B", 3e38), ("weight", float("inf"))])
 def test_nothing_is_merged_where_a_result_is_not_finite(place, value, keep_base):

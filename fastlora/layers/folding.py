@@ -65,8 +65,7 @@ class Foldable(nn.Module):
         adapters = self.adapters_to_merge()
         if not adapters:
             return
-        if not self.adapters_enabled:
-            raise ValueError("merge: expected enabled adapters, found a call inside fastlora.disabled(model)")
+        self.check_enabled("merge")
         self.check_fold(adapters)
         self.check_finite(adapters)
 
@@ -178,9 +177,14 @@ class Foldable(nn.Module):
 
     def check_unmerge(self) -> None:
         """Raises ValueError where `unmerge` would."""
-        if self.merged_adapters and not self.adapters_enabled:
-            raise ValueError("unmerge: expected enabled adapters, found a call inside fastlora.disabled(model)")
+        if self.merged_adapters:
+            self.check_enabled("unmerge")
         self.check_base_kept("unmerge")
+
+    def check_enabled(self, what: str) -> None:
+        """Raises ValueError while the adapters are switched off, and what is merged is not in its place."""
+        if not self.adapters_enabled:
+            raise ValueError(f"{what}: expected enabled adapters, found a call inside fastlora.disabled(model)")
 
     def exchange(self, parameters: Parameters) -> Parameters:
         """Puts parameters in the place of those of the same names, on their devices, and returns these."""
