@@ -82,6 +82,7 @@ def run(stages: list[Stage], out: Path, seconds: float, environment: dict[str, s
         limit = min(stage.limit, end - time.monotonic() - PATIENCE)
         outcome = run_stage(stage, out, limit, environment) if limit > 1 else Outcome(stage.name, "no time left")
         result.stages.append(outcome)
+        _tidy(out)
         result.write(out)
         print(f"{outcome.name}: {outcome.ended}, {outcome.seconds:.0f} s", flush=True)
     return result
@@ -122,6 +123,12 @@ def _shorten(log: Path) -> None:
     """Keeps the end of a log that has become long."""
     if log.exists() and log.stat().st_size > MOST_LOGGED:
         log.write_bytes(b"(the beginning was cut)\n" + log.read_bytes()[-MOST_LOGGED // 2 :])
+
+
+def _tidy(out: Path) -> None:
+    """Removes what a stage was writing when it was stopped; the file that it was to replace is whole."""
+    for file in [*out.glob("*.partial"), *out.glob("*.json.[0-9]*")]:
+        file.unlink()
 
 
 def stages_for(out: Path, python: str = sys.executable) -> list[Stage]:

@@ -30,13 +30,14 @@ def test_stages_end_in_their_own_time(tmp_path, impatient):
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
     )
     out = tmp_path / "out"
+    slow = f"open('{out}/slow.json', 'w').write('1'); open('{out}/x.partial', 'w'); import time; time.sleep(60)"
     start = time.monotonic()
     result = gpu_run.run(
         [
             stage("fine", "print('first words')"),
             stage("wrong", "raise SystemExit(3)"),
-            stage("slow", f"open({str(tmp_path / 'slow.json')!r}, 'w').write('1'); import time; time.sleep(60)", 2),
-            stage("deaf", stubborn, 2),
+            stage("slow", slow, 3),
+            stage("deaf", stubborn, 3),
             stage("report", "print('a table')", output="report.txt"),
         ],
         out, 60,
@@ -48,8 +49,8 @@ def test_stages_end_in_their_own_time(tmp_path, impatient):
     assert (out / "report.txt").read_text() == "a table\n"
     log = (out / "log.txt").read_text()
     assert log.index("first words") < log.index("==== wrong") < log.index("deaf\n")
-    assert (tmp_path / "slow.json").read_text() == "1"  # what a stage has written is not lost with it
-    assert sorted(file.name for file in out.iterdir()) == ["log.txt", "report.txt", "run.json"]
+    assert (out / "slow.json").read_text() == "1"  # what a stage has written is not lost with it
+    assert sorted(file.name for file in out.iterdir()) == ["log.txt", "report.txt", "run.json", "slow.json"]
 
 
 def test_the_whole_ends_in_time(tmp_path, impatient):
