@@ -20,6 +20,7 @@ from rich.table import Table
 from targets import target_of, verdict
 
 Row = dict[str, Any]
+FIRST_FIGURES = "first-figures.json"  # beside the rows of a GPU
 COLORS = {"fastlora": "tab:blue", "PEFT": "tab:orange"}
 STYLES = {"aim": "bold green", "reach": "green", "no": "red"}
 # Panels of the plot, down the left column and then the right: the question, the contender whose figure is 1, the title.
@@ -133,7 +134,7 @@ def main() -> None:
     arguments = parser.parse_args()
     facts = gpu_machine() if arguments.gpu else None
     file = arguments.file or results_file(arguments.quick, facts, arguments.results)
-    rows = read_rows(file)
+    rows = read_rows(file.with_name(FIRST_FIGURES)) * arguments.gpu + read_rows(file)
     if not rows:
         raise SystemExit(f"no rows in {file}: run `make bench` first")
     console = Console(width=200)

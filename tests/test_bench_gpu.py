@@ -143,12 +143,15 @@ ROWS = [
 
 
 def test_table_and_plots(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "made-up.json"
+    file = tmp_path / "made-up-gpu.json"
     file.write_text(json.dumps(ROWS))
-    monkeypatch.setattr(sys, "argv", ["report.py", str(file)])
+    first = made_up("1: made up", "our kernel", 100.0, work={"flop": 7.77e10, "bytes": 1e6})
+    (tmp_path / "first-figures.json").write_text(json.dumps([first]))
+    monkeypatch.setattr(report, "gpu_machine", lambda: MACHINE)
+    monkeypatch.setattr(sys, "argv", ["report.py", "--gpu", "--results", str(tmp_path)])
     report.main()
     printed = capsys.readouterr().out
-    for words in ("not installed: peer", "1.200", "2.00 TB/s", "<= 1.429", "<= 700", "Made-up GPU"):
+    for words in ("777 TFLOP/s", "not installed: peer", "1.200", "2.00 TB/s", "<= 1.429", "<= 700", "Made-up GPU"):
         assert words in printed, words
     assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 

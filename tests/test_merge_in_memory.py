@@ -277,10 +277,10 @@ print(resident("VmHWM") - before, weights)
     (False, True, False), (True, False, False), (False, False, True),
 ])  # fmt: skip
 def test_peak_memory(keep_base, dora, int8):
-    """Two layers of 32 MiB, or of 16 in int8: beside what is kept, merging takes a few MiB and no dense copy."""
+    """Two layers of 32 MiB, or of 16 in int8: beside what is kept, merging takes less than any copy of one of them."""
     command = [sys.executable, "-c", MEASURED, *map(str, (keep_base, dora, int8))]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     rise, weights = map(int, result.stdout.split())
     assert weights == (32 << 20 if int8 else 64 << 20)
-    assert rise - keep_base * weights < 12 << 20
+    assert rise - keep_base * weights < 16 << 20
