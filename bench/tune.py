@@ -25,7 +25,7 @@ import triton
 from gpu import DeviceClock, Graph, Lap, copies
 from harness import Laps, rms, share
 from torch import Tensor
-from tune_candidates import BF16, Size, candidates, refusal
+from tune_sizes import BF16, Size, refusal
 
 from fastlora_kernels import reference
 from fastlora_kernels.gpu import tables
@@ -131,7 +131,7 @@ def row_of(size: Size, plan: Plan, microseconds: float) -> tables.Row:
 
 def accepted(pool: ProcessPoolExecutor, size: Size, arch: int) -> list[tuple[Plan, Future]]:
     """Candidates, and what the compiler says to each once it has."""
-    return [(plan, pool.submit(refusal, plan, size, arch)) for plan in candidates(size, arch)]
+    return [(plan, pool.submit(refusal, plan, size, arch)) for plan in size.plans(arch)]
 
 
 def tune(file: Path, seconds: float, say: Say) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .adapters.registry import active_adapters, check_known, patched_layers, set_adapter
 from .layers import LoraLayer
@@ -69,7 +70,7 @@ def merge(
 
 
 def _merge_layers(model: nn.Module, layers: dict[str, LoraLayer], keep_base: bool, progress: Progress) -> None:
-    untouchable = _shared_memory(model)
+    untouchable = set() if keep_base else _shared_memory(model)
     sizes = {name: layer.weight_bytes() for name, layer in layers.items()}
     total = sum(sizes.values())
     if keep_base and layers:
@@ -91,7 +92,10 @@ def _undo(layers: list[LoraLayer]) -> None:
 
 def _shared_memory(model: nn.Module) -> set[int]:
     """Addresses of the memory that several parameters of the model have, or that other processes or graphs may read."""
-    parameters = [p for module in model.modules() for p in module._parameters.values() if p is not None]
+    parameters = [
+        p for module in model.modules() for p in module._parameters.values()
+        if p is not None and not is_traceable_wrapper_subclass(p)  # which has no memory of its own
+    ]  # fmt: skip
     users = Counter(storage_address(p) for p in parameters)
     return {
         storage_address(p)

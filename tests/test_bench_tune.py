@@ -12,48 +12,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 import tune
-from tune_candidates import Size, candidates, launches_of
+from tune_sizes import Size
 
 from fastlora_kernels.gpu import tables
 from fastlora_kernels.gpu.plan import Plan
 from fastlora_kernels.gpu.tiles import Tile
 
 ROOT = Path(__file__).parent.parent
-SMALL = Size("forward", False, 0.0, 5, 40, 64, 4)
 
 
 def test_candidates_of_every_size():
     for group in tune.groups():
         assert len({(size.op, size.int8, size.p, size.N, size.K, size.R) for size in group}) == 1
         for size in group:
-            plans = candidates(size, 90)
+            plans = size.plans(90)
             kinds = {plan.kind for plan in plans}
             assert len(plans) == len(set(plans)) > 1
             assert kinds <= set(tables.KINDS)
-            assert "scratch" not in kinds or size.int8
-            assert "decode" not in kinds or size.op == "forward"
-            assert "fused" not in kinds or (size.op == "forward" and size.p == 0)
-
-
-def test_launches_need_no_memory():
-    """A plan at a real size, on tensors that have none; and `Launch.run` is itself again afterwards."""
-    size = Size("forward", True, 0.05, 8192, 14336, 4096, 16)
-    two_pass = next(plan for plan in candidates(size, 90) if plan.kind == "two_pass")
-    names = [launch.kernel.fn.__name__ for launch in launches_of(two_pass, size)]
-    assert len(names) == 2
-    with pytest.raises(AttributeError):
-        launches_of(two_pass, SimpleNamespace(operands=lambda _: {}))
-    assert launches_of(two_pass, size)
-    assert tune.error_of(SMALL.run(candidates(SMALL, 90)[0], **operands()), expected()) == ""
-
-
-def operands():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return SMALL.operands(device)
-
-
-def expected():
-    return tune.exact_and_bounds(SMALL, operands())
 
 
 class FakeClock:
@@ -114,7 +89,9 @@ def test_a_group_enters_whole_or_not_at_all(tmp_path, monkeypatch):
 
 ASKED = """
 import sys
-from tune_candidates import Plan, Size, Tile, refusal
+from fastlora_kernels.gpu.plan import Plan
+from fastlora_kernels.gpu.tiles import Tile
+from tune_sizes import Size, refusal
 size = Size("forward", False, 0.0, 512, 4096, 4096, 16)
 for tile in (Tile(64, 64, 64, 4, 3), Tile(128, 128, 128, 8, 8)):
     print("refused" if refusal(Plan("fused", tile, ""), size, 90) else "accepted")

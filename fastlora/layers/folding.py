@@ -209,7 +209,9 @@ def _target(old: nn.Parameter, fold: Fold, untouchable: Collection[int] | None) 
 
 def _is_viewed(fold: Fold, tensor: Tensor) -> bool:
     """Whether the fold's view is one of the tensor's memory; that of a kernel in channels-last order is a copy."""
-    return storage_address(fold.view(tensor.detach())) == storage_address(tensor)
+    plain = tensor.detach()
+    viewed = fold.view(plain)
+    return viewed is plain or storage_address(viewed) == storage_address(tensor)
 
 
 def storage_address(tensor: Tensor) -> int:
