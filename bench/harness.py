@@ -6,7 +6,9 @@ together with the machine, the versions, the commit and the date. Rows are writt
 
 from __future__ import annotations
 
+import functools
 import gc
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -25,23 +27,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastlora
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 SLOW_ROUND = 60
 LIBRARIES = {
-    "torch": "torch", "transformers": "transformers", "peft": "peft", "bitsandbytes": "bitsandbytes",
-    "fastlora": "fastlora-triton",
+    "torch": "torch", "triton": "triton", "transformers": "transformers", "peft": "peft",
+    "bitsandbytes": "bitsandbytes", "torchao": "torchao", "gemlite": "gemlite", "fastlora": "fastlora-triton",
 }  # fmt: skip
+
+
+def wall_clock(contender: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    contender()
+    return time.perf_counter() - start
 
 
 @dataclass
 class Laps:
-    """Contenders that run once each per call, in order, timed one by one in seconds.
+    """Contenders that run once each per call, in order, timed one by one in seconds by `timed`.
 
     `others` is how many cores other processes kept busy meanwhile: above a tenth or so, times and ratios are in doubt.
     """
 
     contenders: dict[str, Callable[[], Any]]
+    timed: Callable[[Callable[[], Any]], float] = wall_clock
     samples: dict[str, list[float]] = field(default_factory=dict)
     others: float | None = None
     _start: tuple[float, float | None] | None = None
@@ -50,9 +62,7 @@ class Laps:
         # The collector would charge one contender for the garbage of another.
         gc.disable()
         for name, contender in self.contenders.items():
-            start = time.perf_counter()
-            contender()
-            self.samples.setdefault(name, []).append(time.perf_counter() - start)
+            self.samples.setdefault(name, []).append(self.timed(contender))
         gc.enable()
         self.others = self._busy_cores_of_others()
 
@@ -84,18 +94,27 @@ class Row:
     """What one contender took in one case of a question, and its ratios to others of the same run.
 
     `ratios` holds this contender over each reference: the median over rounds of the quotient within a round.
+    A contender that did not run has a note that says why and no figures.
     """
 
     question: str
     case: str
     contender: str
     unit: str
-    median: float
+    median: float | None
     p20: float | None
     p80: float | None
     rounds: int
     ratios: dict[str, float]
     others: float | None = None
+    note: str = ""
+    sizes: dict[str, int] = field(default_factory=dict)
+    work: dict[str, float] = field(default_factory=dict)  # "flop" and "bytes" that a call must do and move at least
+
+
+def rows_not_run(question: str, case: str, notes: dict[str, str]) -> list[Row]:
+    """One row per contender that did not run, with the reason."""
+    return [Row(question, case, name, "", None, None, None, 0, {}, note=note) for name, note in notes.items()]
 
 
 def rounds_within(seconds: float, lap: float, fewest: int = 5, most: int = 101) -> int:
@@ -104,10 +123,11 @@ def rounds_within(seconds: float, lap: float, fewest: int = 5, most: int = 101) 
 
 
 def rows_from_samples(
-    question: str, case: str, laps: Laps, over: list[str], unit: str = "ms", factor: float = 1e3
-) -> list[Row]:
+    question: str, case: str, laps: Laps, over: list[str], unit: str = "ms", factor: float = 1e3,
+    sizes: dict[str, int] | None = None, work: dict[str, float] | None = None,
+) -> list[Row]:  # fmt: skip
     """One row per contender; `factor` turns the samples into `unit`."""
-    rows, samples = [], laps.samples
+    rows, samples, more = [], laps.samples, {"sizes": sizes or {}, "work": work or {}}
     for name, values in samples.items():
         ratios = {
             reference: statistics.median(v / r for v, r in zip(values, samples[reference], strict=True))
@@ -115,16 +135,21 @@ def rows_from_samples(
             if reference in samples and reference != name
         }
         median, p20, p80 = (factor * share(values, q) for q in (0.5, 0.2, 0.8))
-        rows.append(Row(question, case, name, unit, median, p20, p80, len(values), ratios, laps.others))
+        rows.append(Row(question, case, name, unit, median, p20, p80, len(values), ratios, laps.others, **more))
     return rows
 
 
-def rows_from_values(question: str, case: str, values: dict[str, float], over: list[str], unit: str) -> list[Row]:
+def rows_from_values(
+    question: str, case: str, values: dict[str, float], over: list[str], unit: str, sizes: dict[str, int] | None = None
+) -> list[Row]:
     """One row per contender for what is counted once, such as bytes."""
-    return [
-        Row(question, case, name, unit, value, None, None, 1, {r: value / values[r] for r in over if r != name})
-        for name, value in values.items()
-    ]
+    rows = []
+    for name, value in values.items():
+        ratios = {
+            reference: value / values[reference] for reference in over if reference in values and reference != name
+        }
+        rows.append(Row(question, case, name, unit, value, None, None, 1, ratios, sizes=sizes or {}))
+    return rows
 
 
 def share(values: list[float], q: float) -> float:
@@ -163,12 +188,16 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def append_rows(file: Path, rows: list[Row]) -> None:
-    """Adds rows to a JSON file, in place of older rows of the same question, case and contender."""
-    new = [vars(row) | provenance() for row in rows]
+def append_rows(file: Path, rows: list[Row], facts: dict[str, Any] | None = None) -> None:
+    """Adds rows to a JSON file, in place of older rows of the same question, case and contender.
+
+    Args:
+        facts: the machine that ran them, by default this CPU.
+    """
+    new = [vars(row) | provenance(facts) for row in rows]
     keys = {_key(row) for row in new}
     kept = [row for row in read_rows(file) if _key(row) not in keys]
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".partial")
     temporary.write_text(json.dumps(kept + new, indent=1) + "\n")
     temporary.replace(file)
@@ -182,10 +211,10 @@ def _key(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["question"], row["case"], row["contender"]
 
 
-def provenance() -> dict[str, Any]:
+def provenance(facts: dict[str, Any] | None = None) -> dict[str, Any]:
     """What a figure needs beside it to be believed."""
     return {
-        "machine": machine(),
+        "machine": facts or machine(),
         "versions": {name: _version(distribution) for name, distribution in LIBRARIES.items()},
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -205,22 +234,39 @@ def machine() -> dict[str, Any]:
     }
 
 
-def results_file(quick: bool) -> Path:
-    """Where this machine's rows go; a quick run must not replace a full one."""
-    facts = machine()
-    kind = facts["bf16"] if facts["bf16"] != "none" else facts["capability"]
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{facts['cpu']} {kind}".lower()).strip("-")
-    return RESULTS / f"cpu-{slug}{'-quick' if quick else ''}.json"
+def results_file(quick: bool, facts: dict[str, Any] | None = None, folder: Path = RESULTS) -> Path:
+    """Where a machine's rows go, by default this CPU's; a quick run must not replace a full one."""
+    facts = facts or machine()
+    if "gpu" in facts:
+        name = facts["gpu"]
+    else:
+        name = f"cpu {facts['cpu']} {facts['bf16'] if facts['bf16'] != 'none' else facts['capability']}"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return folder / f"{slug}{'-quick' if quick else ''}.json"
 
 
 def commit() -> str:
-    """The commit of the working tree, marked where a package differs from it."""
+    """The commit of the working tree, marked where a package differs from it; a hash of the sources without git."""
     head = _git("rev-parse", "--short=12", "HEAD")
+    if head == "unknown":
+        return f"sources-{sources_hash()}"
     return head + ("-dirty" if _git("status", "--porcelain", "--", "fastlora", "kernels") else "")
 
 
+@functools.cache
+def sources_hash() -> str:
+    """Of every Python file of the packages: the same for the same code, whatever its folder is called."""
+    digest = hashlib.sha256()
+    for file in sorted(file for package in ("fastlora", "kernels") for file in (ROOT / package).rglob("*.py")):
+        digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    try:
+        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
     return result.stdout.strip() if result.returncode == 0 else "unknown"
 
 
@@ -228,7 +274,8 @@ def _version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        # Run from its sources, this library is there without being installed.
+        return fastlora.__version__ if distribution == LIBRARIES["fastlora"] else "not installed"
 
 
 def _cpuinfo(name: str) -> str:

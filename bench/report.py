@@ -1,4 +1,7 @@
-"""Prints the rows of a benchmark beside their targets, and draws them: `python bench/report.py [--quick] [FILE]`."""
+"""Prints the rows of a benchmark beside their targets, and draws them.
+
+python bench/report.py [--quick] [--gpu] [--results FOLDER] [FILE]
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness import read_rows, results_file
+from gpu import machine as gpu_machine
+from gpu_plots import draw as draw_gpu
+from harness import RESULTS, read_rows, results_file
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -15,6 +20,7 @@ from rich.table import Table
 from targets import target_of, verdict
 
 Row = dict[str, Any]
+FIRST_FIGURES = "first-figures.json"  # beside the rows of a GPU
 COLORS = {"fastlora": "tab:blue", "PEFT": "tab:orange"}
 STYLES = {"aim": "bold green", "reach": "green", "no": "red"}
 # Panels of the plot, down the left column and then the right: the question, the contender whose figure is 1, the title.
@@ -29,10 +35,9 @@ PANELS = [
 
 
 def figures(row: Row) -> Iterator[tuple[str | None, float]]:
-    """What of a row can be held to a target: its ratios, or its own figure where it has none."""
-    if row["ratios"]:
-        yield from row["ratios"].items()
-    else:
+    """What of a row can be held to a target: its ratios, and its own figure where it has none or a target is for it."""
+    yield from row["ratios"].items()
+    if not row["ratios"] or target_of(row, None):
         yield None, row["median"]
 
 
@@ -41,18 +46,31 @@ def make_table(question: str, rows: list[Row]) -> Table:
     table = Table(title=question, title_justify="left", title_style="bold")
     for column in ("case", "contender", "over"):
         table.add_column(column, no_wrap=True)
-    for column in ("median", "p20 to p80", "rounds", "others", "ratio", "reach", "aim", "met"):
+    for column in ("median", "p20 to p80", "rate", "rounds", "others", "ratio", "reach", "aim", "met"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         cells = [row["case"], row["contender"]]
+        if row["median"] is None:
+            table.add_row(*cells, "", row["note"][:40])
+            continue
         spread = "" if row["p20"] is None else f"{row['p20']:.4g} to {row['p80']:.4g}"
         others = "" if row["others"] is None else f"{row['others']:.2f}"
-        measured = [f"{row['median']:.4g} {row['unit']}", spread, str(row["rounds"]), others]
+        measured = [f"{row['median']:.4g} {row['unit']}", spread, rate(row), str(row["rounds"]), others]
         for over, value in figures(row):
             ratio = "" if over is None else f"{value:.3f}"
             table.add_row(*cells, over or "", *measured, ratio, *bounds(row, over, value))
-            cells, measured = ["", ""], [""] * 4
+            cells, measured = ["", ""], [""] * 5
     return table
+
+
+def rate(row: Row) -> str:
+    """What a call does in a second, in the unit of what limits it: under 300 operations a byte that is memory."""
+    work = row.get("work") or {}
+    if row["unit"] != "us" or not work:
+        return ""
+    if work["flop"] < 300 * work["bytes"]:
+        return f"{work['bytes'] / row['median'] / 1e6:.2f} TB/s"
+    return f"{work['flop'] / row['median'] / 1e6:.0f} TFLOP/s"
 
 
 def bounds(row: Row, over: str | None, value: float) -> list[str]:
@@ -61,21 +79,24 @@ def bounds(row: Row, over: str | None, value: float) -> list[str]:
     if target is None:
         return ["", "", ""]
     met = verdict(value, target)
-    aim = "" if target.aim is None else f"<= {target.aim:g}"
-    return [f"<= {target.reach:g}", aim, f"[{STYLES[met]}]{met}[/]"]
+    aim = "" if target.aim is None else f"<= {target.aim:.4g}"
+    return [f"<= {target.reach:.4g}", aim, f"[{STYLES[met]}]{met}[/]"]
 
 
 def origin(rows: list[Row]) -> str:
     """Where the rows come from; a file may hold rows of several commits and days."""
     machine = rows[-1]["machine"]
+    if "gpu" in machine:
+        where = ", ".join(f"{name} {value}" for name, value in machine.items())
+    else:
+        loads = [row["machine"]["load"] for row in rows]
+        where = (
+            f"{machine['cpu']}, {machine['cores']} cores, {machine['capability']}, bf16 by {machine['bf16']}, "
+            f"load average {min(loads)} to {max(loads)}"
+        )
     versions = ", ".join(f"{name} {version}" for name, version in rows[-1]["versions"].items())
     commits, dates = sorted({row["commit"] for row in rows}), sorted(row["date"] for row in rows)
-    loads = [row["machine"]["load"] for row in rows]
-    return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['capability']}, bf16 by {machine['bf16']}, "
-        f"load average {min(loads)} to {max(loads)}\n{versions}\n"
-        f"commit {', '.join(commits)}; {dates[0]} to {dates[-1]}"
-    )
+    return f"{where}\n{versions}\ncommit {', '.join(commits)}; {dates[0]} to {dates[-1]}"
 
 
 def draw(rows: list[Row], file: Path) -> None:
@@ -108,16 +129,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", nargs="?", type=Path)
     parser.add_argument("--quick", action="store_true", help="the rows of a quick run")
+    parser.add_argument("--gpu", action="store_true", help="the rows of this machine's GPU")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     arguments = parser.parse_args()
-    file = arguments.file or results_file(arguments.quick)
-    rows = read_rows(file)
+    facts = gpu_machine() if arguments.gpu else None
+    file = arguments.file or results_file(arguments.quick, facts, arguments.results)
+    rows = read_rows(file.with_name(FIRST_FIGURES)) * arguments.gpu + read_rows(file)
     if not rows:
-        raise SystemExit(f"no rows in {file}: run `python -m pytest bench -m cpu` first")
+        raise SystemExit(f"no rows in {file}: run `make bench` first")
     console = Console(width=200)
     for question in dict.fromkeys(row["question"] for row in rows):
         console.print(make_table(question, [row for row in rows if row["question"] == question]))
     console.print(origin(rows))
-    draw(rows, file.with_suffix(".png"))
+    (draw_gpu if "gpu" in rows[-1]["machine"] else draw)(rows, file.with_suffix(".png"))
     console.print(f"rows in {file}, plot in {file.with_suffix('.png')}")
 
 

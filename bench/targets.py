@@ -33,6 +33,23 @@ TARGETS = [
     Target("generate", "fastlora int8", "bf16 without LoRA", 1.0, None),
     Target("overhead", "fastlora", None, 15.0, 10.0, case="^forward( without grad)?,"),
     Target("peak of quantising", "quantise|load and quantise", "bf16 model + one layer", 1.0, None),
+    # On a GPU. The cases are those of the sizes that they were set for.
+    Target("linear, forward", "fastlora bf16", "PEFT bf16", 1 / 1.25, 1 / 1.32, case="^8192 x 4096 -> 4096,"),
+    Target("linear, forward + backward", "fastlora bf16", "PEFT bf16", 1 / 1.25, 1 / 1.31, case="-> 4096,"),
+    Target("linear, forward + backward", "fastlora bf16", "PEFT bf16", 1 / 1.15, 1 / 1.2, case="-> 14336,"),
+    Target("linear, forward + backward", "fastlora bf16", "PEFT as users get it", 1 / 1.55, 1 / 1.63, case="-> 4096,"),
+    Target("linear, forward + backward", "fastlora bf16", "PEFT as users get it", 1 / 1.25, 1 / 1.3, case="-> 14336,"),
+    Target("group, forward + backward", "fastlora bf16", "PEFT bf16", 1 / 1.45, 1 / 1.55, case="^q, k, v of Llama"),
+    Target("seven linears", "fastlora bf16", "PEFT bf16", 1 / 1.2, 1 / 1.25),
+    Target("int8, forward + backward", "fastlora int8", "fastlora bf16", 1.05, 1.035),
+    Target("int8, forward + backward", "fastlora int8", "PEFT + bitsandbytes int8", 1 / 1.35, 1 / 1.45),
+    Target("decode", "fastlora int8", "bf16 without LoRA, cuBLAS", 1 / 1.3, 1 / 1.6, case="-> 4096,.*graph"),
+    Target("decode", "fastlora int8", "bf16 without LoRA, cuBLAS", 1 / 1.6, 1 / 1.8, case="-> 14336,.*graph"),
+    Target("decode", "fastlora int8", "PEFT bf16", 1 / 2, 1 / 3, case="graph"),
+    Target("decode", "fastlora int8", "PEFT bf16", 1 / 8, 1 / 12, case="by Python"),
+    Target("mixed batch", "fastlora", "one adapter", 1.05, 1.02, case="^[48] adapters, 8192 x"),
+    Target("merge", "fastlora", "copy of as many bytes", 1 / 0.7, 1 / 0.85),
+    Target("bytes for backward, GPU", "fastlora bf16", None, 700, 650, case="8192 tokens"),
 ]
 
 

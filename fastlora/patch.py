@@ -176,12 +176,16 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: the model is not patched, or an adapter cannot be folded into its layer; nothing changes then.
+        ValueError: the model is not patched, an adapter cannot be folded into its layer, a merged weight would not be
+            finite, or a merge did not keep the weights that are to come back; nothing changes then.
     """
     layers = patched_layers(model)
     check_whole(model)
     if merge:
         check_foldable(model)
+    else:
+        for layer in layers.values():
+            layer.check_base_kept("unload")
     trained.release(model, active_adapters(model), keep=merge)
     for layer in layers.values():
         layer.release(merge)

@@ -1,20 +1,16 @@
 """Every plan of the GPU kernels against the reference in float64, and what the choice of a plan rests on."""
 
 import functools
-import json
 from dataclasses import replace
 
 import pytest
-import torch
 from accuracy import compare
 from inputs import DTYPES, backward_inputs, linear_inputs
 
 from fastlora_kernels import reference
-from fastlora_kernels.gpu import tables
-from fastlora_kernels.gpu.launch import Launch
 from fastlora_kernels.gpu.lora_linear import planned_forward
 from fastlora_kernels.gpu.lora_linear_backward import planned_backward
-from fastlora_kernels.gpu.plan import Plan, choose_plan, safe_plan
+from fastlora_kernels.gpu.plan import Plan
 from fastlora_kernels.gpu.tiles import Tile
 
 SMALL = Tile(16, 32, 32, 4, 2)
@@ -46,7 +42,9 @@ def check(which, plan, shape, dtype, device, **options):
 CASES = [("forward", name, plan) for name, plan in FORWARD.items()] + [
     ("backward", name, plan) for name, plan in BACKWARD.items()
 ]
-every_plan = pytest.mark.parametrize("which, plan", [(w, p) for w, _, p in CASES], ids=[f"{w}-{n}" for w, n, _ in CASES])
+every_plan = pytest.mark.parametrize(
+    ("which", "plan"), [(which, plan) for which, _, plan in CASES], ids=[f"{which}-{name}" for which, name, _ in CASES]
+)
 
 
 @every_plan

@@ -17,7 +17,7 @@ OPS = ["dropout_mask", "lora_linear", "lora_linear_backward", "merge_rows", "qua
 # A module imports from its own level or one below it.
 LEVELS = [
     {"fastlora_kernels"},
-    {"fastlora.log"},
+    {"fastlora.log", "fastlora.progress"},
     {"fastlora.ops"},
     {"fastlora.layers"},
     {"fastlora.config", "fastlora.init_settings"},

@@ -107,8 +107,9 @@ def _frozen(module: Any, own: str) -> Tensor:
     """A parameter of a module as it was before its adapters and its quantisation."""
     if isinstance(module, LinearLayer) and own == "weight" and module.weight_scale is not None:
         return module.dense_weight()
-    merged = module._before_merge if isinstance(module, LoraLayer) and module.adapters_enabled else {}
-    return merged.get(own, module._parameters[own]).detach()
+    if isinstance(module, LoraLayer) and module.adapters_enabled:
+        return module.before_merge(own).detach()
+    return module._parameters[own].detach()  # type: ignore[union-attr]
 
 
 def _infix(module: nn.Module) -> str:

@@ -178,6 +178,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
     if any(layer.merged_adapters or getattr(layer, "original", None) is not None for layer in switched):
         check_whole(model, "in shards, weights that an adapter has changed cannot be exchanged for the original ones")
     for layer in switched:
+        layer.check_base_kept("disabled")
+    for layer in switched:
         layer.disable()
     try:
         with trained.originals_in_place(model, active_adapters(model) if switched else ()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
+from .fold import Fold
 
 Term = tuple[Tensor, Tensor, float]  # L, R and s of `s L R`
 
@@ -117,18 +118,17 @@ for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv"
     setattr(AdaptedWeight, f"__{_name}__", _of_the_sum(f"__{_name}__"))
 
 
-@torch.no_grad()
-def merged(weight: Tensor, terms: list[Term]) -> Tensor:
-    """`W + sum of s L R` in a tensor of its own, computed one expert after the other and rounded once."""
-    result = torch.empty_like(weight)
+def folds_of(name: str, weight: Tensor, terms: list[Term]) -> list[Fold]:
+    """What folding `W + sum of s L R` adds to the parameter of a name, one expert after the other."""
+    result = []
     for index in range(len(weight)) if weight.dim() == 3 else [...]:
-        if len(terms) == 1:
-            ((left, right, scale),) = terms
-            b, a = left[index], right[index]
+        parts = [(left.detach()[index], right.detach()[index], scale) for left, right, scale in terms]
+        if len(parts) == 1:
+            ((b, a, scale),) = parts
         else:
-            b = torch.cat([factor * left[index] for left, _, factor in terms], dim=1)
-            a, scale = torch.cat([right[index] for _, right, _ in terms]), 1.0
-        result[index], _ = ops.merge_rows(weight[index], None, a.detach(), b.detach(), scale)
+            b, a = torch.cat([scale * b for b, _, scale in parts], dim=1), torch.cat([a for _, a, _ in parts])
+            scale = 1.0
+        result.append(Fold(name, a, b, scale, view=operator.itemgetter(index)))
     return result
 
 

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .adapted import Term, merged
+from .adapted import Term, folds_of
 from .base import Parts
 from .draw import draw_pair
+from .fold import Fold
 from .reader import WeightLayer, adapt_parameter, release_parameter
 
 
@@ -81,13 +82,13 @@ class LoraAttention(WeightLayer):
         a, b = (self.lora_A, self.lora_B) if name == "in_proj_weight" else (self.lora_A_out, self.lora_B_out)
         return [(b[adapter], a[adapter], self.scaling[adapter]) for adapter in adapters]
 
-    def folded(self, adapters: tuple[str, ...]) -> dict[str, nn.Parameter | None]:
-        result: dict[str, nn.Parameter | None] = {}
-        for path in ("in_proj_weight", "out_proj.weight"):
-            module, name = self.home(path)
-            weight = merged(module._parameters[name], self._terms(name, adapters))  # type: ignore[arg-type]
-            result[path] = nn.Parameter(weight, requires_grad=False)
-        return result
+    def folds(self, adapters: tuple[str, ...]) -> list[Fold]:
+        weights = {"in_proj_weight": "in_proj_weight", "out_proj.weight": "weight"}
+        return [
+            fold
+            for path, own in weights.items()
+            for fold in folds_of(path, self._parameter(path), self._terms(own, adapters))
+        ]
 
     def _become_original(self) -> None:
         release_parameter(self.out_proj, "weight")

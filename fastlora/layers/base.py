@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .folding import Foldable
 from .mixed import Mix
 
 Parts = dict[str, Tensor]  # the tensors of one adapter in one layer, by the names they have in PEFT's files
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(Foldable):
     """A frozen module with named LoRA adapters, any number of which are active.
 
     A kind of layer is a subclass. It says which modules it takes and which shapes an adapter has there, computes,
@@ -29,7 +30,6 @@ class LoraLayer(nn.Module):
         scaling, lora_dropout: the factor of `B A` and the dropout probability by adapter name.
         active_adapters: the adapters in use, in order.
         adapters_enabled: False while adapters are switched off.
-        merged_adapters: the adapters folded into the weights.
         original_class: the module's class before it became a LoRA layer.
         dense_dtype: the dtype of the weight before it was quantised.
     """
@@ -49,10 +49,8 @@ class LoraLayer(nn.Module):
     lora_dropout: dict[str, float]
     active_adapters: tuple[str, ...]
     adapters_enabled: bool
-    merged_adapters: tuple[str, ...]
     original_class: type[nn.Module]
     dense_dtype: torch.dtype
-    _before_merge: dict[str, nn.Parameter | None]
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -91,20 +89,8 @@ class LoraLayer(nn.Module):
     def setup(self) -> None:
         """What the kind does besides when it takes a module."""
 
-    def folded(self, adapters: tuple[str, ...]) -> dict[str, nn.Parameter | None]:
-        """The layer's own parameters with adapters folded in, by name."""
-        raise NotImplementedError
-
     def check_active(self, adapters: tuple[str, ...]) -> None:
         """Raises ValueError where adapters cannot be active at once."""
-
-    def check_fold(self, adapters: tuple[str, ...]) -> None:
-        """Raises ValueError where adapters cannot be folded into the layer's parameters."""
-
-    def home(self, name: str) -> tuple[nn.Module, str]:
-        """The module that has a parameter of `folded`, and the parameter's name there."""
-        path, _, own = name.rpartition(".")
-        return self.get_submodule(path), own
 
     def computed_by(self, place: ops.Place | None = None) -> str:
         """Which implementation computes here or in another place, and why no kernel does if none does, in words."""
@@ -183,58 +169,10 @@ class LoraLayer(nn.Module):
         """Everything that is kept by adapter name."""
         return [self.scaling, self.lora_dropout, *(getattr(self, attribute) for attribute in self.PARTS.values())]
 
-    def merge(self) -> None:
-        """Folds the active adapters into the weights; what was there is kept, so that `unmerge` is exact.
-
-        Raises:
-            ValueError: a merged weight is not finite, or the adapters cannot be folded.
-        """
-        names = tuple(name for name in self.active_adapters if self.has(name))
-        if not names or self.merged_adapters:
-            return
-        self.check_fold(names)
-        folded = self.folded(names)
-        for name, parameter in folded.items():
-            if not _is_finite(parameter):
-                raise ValueError(f"adapters {list(names)}: expected a finite merged {name}, found inf or nan")
-        self._before_merge = self.exchange(folded)
-        self.merged_adapters = names
-
-    def disable(self) -> None:
-        """Switches the adapters off, merged ones too."""
-        self.adapters_enabled = False
-        self._before_merge = self.exchange(self._before_merge)
-
-    def enable(self) -> None:
-        """Undoes `disable`."""
-        self.adapters_enabled = True
-        self._before_merge = self.exchange(self._before_merge)
-
-    def unmerge(self) -> None:
-        """Gives back the weights from before `merge`, bit for bit.
-
-        Raises:
-            ValueError: the adapters are disabled.
-        """
-        if self.merged_adapters and not self.adapters_enabled:
-            raise ValueError("unmerge: expected enabled adapters, found a call inside fastlora.disabled(model)")
-        if self.merged_adapters:
-            self.exchange(self._before_merge)
-            self._before_merge, self.merged_adapters = {}, ()
-
-    def exchange(self, parameters: dict[str, nn.Parameter | None]) -> dict[str, nn.Parameter | None]:
-        """Puts parameters in the place of those of the same names, on their devices, and returns these."""
-        before = {}
-        for name, parameter in parameters.items():
-            module, own = self.home(name)
-            if parameter is not None:
-                parameter.data = parameter.data.to(self.weight_device)
-            before[name], module._parameters[own] = module._parameters[own], parameter
-        return before
-
     def release(self, merge: bool = False) -> None:
         """Turns the module back into what it was, with the active adapters folded in if `merge`."""
         if merge:
+            self.check_merge()
             self.merge()
         else:
             self.unmerge()
@@ -256,13 +194,6 @@ class LoraLayer(nn.Module):
     def ranks(self) -> str:
         """The adapters and their ranks, in words."""
         return f"adapters=({', '.join(f'{name}: r={a.shape[0]}' for name, a in self.lora_A.items())})"
-
-
-def _is_finite(parameter: nn.Parameter | None) -> bool:
-    """Whether all values are; bitsandbytes may store 4-bit codes as floats, which mean nothing."""
-    if parameter is None or not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
-        return True
-    return bool(torch.isfinite(parameter).all())
 
 
 _LAYER_STATE = (

@@ -82,6 +82,9 @@ class ConvLayer(FrozenLinear):
     def _stored(self, weight: Tensor) -> Tensor:
         return weight.view(self.weight.shape)
 
+    def _matrix(self, stored: Tensor) -> Tensor:
+        return stored.flatten(1)
+
     def _matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
         return self.lora_A[adapter].flatten(1), self.lora_B[adapter].flatten(1)
 

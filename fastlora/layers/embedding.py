@@ -5,15 +5,16 @@ An embedding is a linear layer of one-hot vectors, with a matrix `W^T`: N is its
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
 from .base import LoraLayer, Parts
 from .branch import dropout
+from .fold import Fold
 from .frozen_linear import FrozenLinear
 
 
@@ -95,9 +96,9 @@ class LoraEmbedding(FrozenLinear, nn.Embedding):  # type: ignore[misc]
     def _stored(self, weight: Tensor) -> Tensor:
         return weight.T
 
-    def _fold(self, w: Tensor, w_scale: Tensor | None, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        merged, none = ops.merge_rows(w.T, None, b.T, a.T, scale)  # row after row, as the weight lies in memory
-        return merged.T, none
+    def _fold(self, adapters: tuple[str, ...]) -> Fold:
+        fold = super()._fold(adapters)  # row after row, as the weight lies in memory
+        return replace(fold, a=fold.b.T, b=fold.a.T, factor=None if fold.factor is None else fold.factor.T)
 
     def _has_bias(self, adapters: tuple[str, ...]) -> bool:
         return False

@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .adapted import Term, merged
+from .adapted import Term, folds_of
 from .base import LoraLayer, Parts, become
 from .draw import draw_pair
+from .fold import Fold
 from .reader import WeightLayer, adapt_parameter, release_parameter
 
 PREFIX = "lora_"
@@ -110,9 +111,8 @@ class LoraParameter(WeightLayer):
         a, b = a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts).permute(2, 0, 1)
         return (a.transpose(1, 2), b.transpose(1, 2)) if self.target.is_transposed else (b, a)
 
-    def folded(self, adapters: tuple[str, ...]) -> dict[str, nn.Parameter | None]:
-        weight = merged(self.weight, self._terms(adapters))
-        return {self.target.parameter: nn.Parameter(weight, requires_grad=False)}
+    def folds(self, adapters: tuple[str, ...]) -> list[Fold]:
+        return folds_of(self.target.parameter, self.weight, self._terms(adapters))
 
     def name_in_files(self, name: str, adapter: str) -> str:
         """PEFT wraps the module once per parameter, the last one outermost."""

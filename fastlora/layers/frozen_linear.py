@@ -13,6 +13,8 @@ from . import dora
 from .base import LoraLayer, Parts
 from .bitsandbytes import is_linear8bit, restore_linear8bit, take_int8
 from .draw import draw_pair
+from .fold import Fold, row_blocks
+from .folding import Parameters
 from .original import Original, restore_weight
 from .pages import release_pages
 
@@ -139,14 +141,11 @@ class FrozenLinear(LoraLayer):
         if self.weight_squares is not None:
             self.weight_squares = dora.squared_rows(q, scale)
 
-    @torch.no_grad()
-    def folded(self, adapters: tuple[str, ...]) -> dict[str, nn.Parameter | None]:
-        weight, weight_scale = self._merged(self.frozen_weight, self.weight_scale, adapters)
-        if self.weight_scale is None:
-            merged = _frozen_parameters(weight=self._stored(weight))
-        else:
-            merged = _frozen_parameters(weight=weight, weight_scale=weight_scale)
-        return merged | self._folded_bias(adapters)
+    def folds(self, adapters: tuple[str, ...]) -> list[Fold]:
+        return [self._fold(adapters)]
+
+    def folded_besides(self, adapters: tuple[str, ...]) -> Parameters:
+        return self._folded_bias(adapters)
 
     @torch.no_grad()
     def _folded_bias(self, adapters: tuple[str, ...]) -> dict[str, nn.Parameter | None]:
@@ -157,39 +156,45 @@ class FrozenLinear(LoraLayer):
             bias=added.to(self.dense_dtype) if self.bias is None else (self.bias + added).to(self.bias.dtype)
         )
 
-    def _fold(self, w: Tensor, w_scale: Tensor | None, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return ops.merge_rows(w, w_scale, a, b, scale)
-
-    def _merged(self, w: Tensor, w_scale: Tensor | None, adapters: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        """Codes and scale, or the dense weight, with adapters folded in.
+    @torch.no_grad()
+    def _fold(self, adapters: tuple[str, ...]) -> Fold:
+        """What adapters add to the weight.
 
         Each DoRA adapter adds `(factor - 1) W + factor s B A`, so that all of them scale the rows of W together.
         """
+        scale_name = None if self.weight_scale is None else "weight_scale"
         factors = {adapter: self._row_factor(adapter) for adapter in adapters if adapter in self.lora_magnitude}
         if len(adapters) == 1 and not factors:
             a, b = (tensor.detach() for tensor in self._matrices(adapters[0]))
-            return self._fold(w, w_scale, a, b, self.scaling[adapters[0]])
-        a, b = (tensor.detach() for tensor in self._stacked(adapters))
+            return Fold("weight", a, b, self.scaling[adapters[0]], None, self._matrix, scale_name)
+        a, b = self._stacked(adapters)
         if not factors:
-            return self._fold(w, w_scale, a, b, 1.0)
+            return Fold("weight", a, b, 1.0, None, self._matrix, scale_name)
         b = torch.cat([
             self.scaling[adapter] * self._matrices(adapter)[1] * factors.get(adapter, b.new_ones(1))[:, None]
             for adapter in adapters
         ], dim=1)  # fmt: skip
         rows = 1 + torch.stack([factor - 1 for factor in factors.values()]).sum(dim=0)
-        if w_scale is not None:
-            return self._fold(w, w_scale * rows, a, b, 1.0)
-        merged, scale = self._fold(w.float() * rows[:, None], None, a, b, 1.0)
-        return merged.to(w.dtype), scale
+        return Fold("weight", a, b, 1.0, rows[:, None], self._matrix, scale_name)
 
+    @torch.no_grad()
     def dense_weight(self, adapters: tuple[str, ...] = ()) -> Tensor:
         """The frozen weight as the original module stores it, with adapters folded in before any rounding."""
-        weight = self.frozen_weight
-        if self.weight_scale is not None:
-            weight = weight.float() * self.weight_scale.float()[:, None]
-        if adapters:
-            weight, _ = self._merged(weight, None, adapters)
-        return self._stored(weight.to(self.dense_dtype))
+        weight, w_scale = self.weight.detach(), self.weight_scale
+        if w_scale is None and not adapters:
+            return weight.to(self.dense_dtype)
+        fold = self._fold(adapters) if adapters else None
+        w = self._matrix(weight)
+        if w_scale is None:
+            dense = torch.empty_like(weight, dtype=self.dense_dtype, memory_format=torch.contiguous_format)
+            out = self._matrix(dense)
+        else:
+            out = torch.empty(w.shape, dtype=self.dense_dtype, device=w.device)
+            dense = self._stored(out)
+        for rows in row_blocks(w):
+            block = w[rows] if w_scale is None else w[rows].float() * w_scale[rows].float()[:, None]
+            out[rows] = block if fold is None else fold.rows(rows, block, None)[0]
+        return dense
 
     def release(self, merge: bool = False) -> None:
         """Turns the module back into what it was, with the active adapters folded in if `merge`.
@@ -203,7 +208,10 @@ class FrozenLinear(LoraLayer):
         if self.original_class.__name__ == "Linear8bitLt":
             super().release(merge)
             return
-        self.unmerge()
+        if merge and not self.keeps_base:
+            adapters = ()  # they are in the weight for good
+        else:
+            self.unmerge()
         if self.weight_scale is not None or adapters:
             self.exchange(self._folded_bias(adapters))
             self.exchange(_frozen_parameters(weight=self.dense_weight(adapters), weight_scale=None))
@@ -218,8 +226,12 @@ class FrozenLinear(LoraLayer):
             restore_linear8bit(self, *int8)
 
     def _stored(self, weight: Tensor) -> Tensor:
-        """A dense `[N, K]` weight in the layout of the original module; its own inverse."""
+        """A dense `[N, K]` weight in the layout of the original module."""
         return weight
+
+    def _matrix(self, stored: Tensor) -> Tensor:
+        """A weight as the layer stores it, with one row per row of a `Fold`."""
+        return stored
 
 
 def _frozen_parameters(**tensors: Tensor | None) -> dict[str, nn.Parameter | None]:

@@ -193,3 +193,6 @@ class LoraConv1D(LinearLayer):
 
     def _stored(self, weight: Tensor) -> Tensor:
         return weight.T
+
+    def _matrix(self, stored: Tensor) -> Tensor:
+        return stored if stored.dtype == torch.int8 else stored.T

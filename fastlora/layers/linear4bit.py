@@ -7,6 +7,7 @@ repacks the codes for inference, in place, with scales rounded to bfloat16, afte
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from .. import ops
 from .base import LoraLayer, class_of
 from .bitsandbytes import is_linear4bit
 from .branch import low_rank
+from .fold import Fold
+from .folding import Parameters
 from .linear import LinearLayer
 
 
@@ -92,19 +95,24 @@ class LoraLinear4bit(LinearLayer):
         y = (self._frozen(x) + added) * self._row_factor(adapter).to(x.dtype)
         return y if bias is None else y + bias.to(y.dtype)
 
+    def _operands(self, fold: Fold) -> tuple[Tensor, None]:
+        return self.frozen_weight.float(), None
+
     @torch.no_grad()
-    def folded(self, adapters: tuple[str, ...]) -> dict[str, nn.Parameter | None]:
-        """The dequantised weight with adapters added, quantised again from float32 as in PEFT."""
-        dense, _ = self._merged(self.frozen_weight.float(), None, adapters)
-        if not torch.isfinite(dense).all():
-            raise ValueError(f"adapters {list(adapters)}: expected a finite merged weight, found inf or nan")
+    def folded(self, adapters: tuple[str, ...], untouchable: Collection[int] | None = None) -> Parameters:
+        """The dequantised weight with adapters added, quantised again from float32 as in PEFT.
+
+        Scales of the scales are those of the whole matrix, so all of it is dequantised at once.
+        """
+        dense = self.frozen_weight.float()
+        self._fold(adapters).write(dense, None, dense, None)
         settings = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
         options = {name: getattr(self.weight, name) for name in settings}
         weight = type(self.weight)(dense, requires_grad=False, **options).to(dense.device)
         weight.quant_state.dtype = self._state.dtype
         return {"weight": weight} | self._folded_bias(adapters)
 
-    def exchange(self, parameters: dict[str, nn.Parameter | None]) -> dict[str, nn.Parameter | None]:
+    def exchange(self, parameters: Parameters) -> Parameters:
         before = super().exchange(parameters)
         self.quant_state = self.weight.quant_state
         self.quant_state.to(self.weight.device)

@@ -6,7 +6,7 @@ replaced by row t. Nothing of the size of the weight is made unless the weight i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import ops
 from .base import LoraLayer, Parts, become
 from .embedding import check_embedding, is_embedding, scaled
+from .folding import Parameters
 
 ROWS = "token_adapter.trainable_tokens_delta"  # the name of the rows in PEFT's files
 
@@ -103,13 +104,28 @@ class TokenLayer(LoraLayer):
     def check_fold(self, adapters: tuple[str, ...]) -> None:
         self.check_active(adapters)
 
-    @torch.no_grad()
-    def folded(self, adapters: tuple[str, ...]) -> dict[str, nn.Parameter | None]:
-        return {} if self.follows else {"weight": nn.Parameter(self._with_rows(adapters), requires_grad=False)}
+    def check_finite(self, adapters: tuple[str, ...]) -> None:
+        for adapter in () if self.follows else adapters:
+            if not torch.isfinite(self.token_rows[adapter].to(self._parameters["weight"].dtype)).all():  # type: ignore[union-attr]
+                raise ValueError(f"adapters {list(adapters)}: expected finite trained rows, found inf or nan")
 
-    def exchange(self, parameters: dict[str, nn.Parameter | None]) -> dict[str, nn.Parameter | None]:
+    def weight_bytes(self) -> int:
+        return 0 if self.follows or not self.adapters_to_merge() else self._parameters["weight"].nbytes  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def folded(self, adapters: tuple[str, ...], untouchable: Collection[int] | None = None) -> Parameters:
+        if self.follows:
+            return {}
+        if untouchable is None:
+            return {"weight": nn.Parameter(self._with_rows(adapters), requires_grad=False)}
+        weight: Any = self._parameters["weight"]  # the rows are those of all who have it
+        for adapter in adapters:
+            weight.data[self.token_ids[adapter]] = self.token_rows[adapter].to(weight.dtype)
+        return {"weight": weight}
+
+    def exchange(self, parameters: Parameters) -> Parameters:
         """Puts other values into parameters, which stay the same objects, so that layers that share them follow."""
-        before: dict[str, nn.Parameter | None] = {}
+        before: Parameters = {}
         for name, parameter in parameters.items():
             own: Any = self._parameters[name]
             before[name] = nn.Parameter(own.data, requires_grad=False)

@@ -20,14 +20,13 @@ _UNTIED = "fastlora_untied"
 
 
 def check_foldable(model: nn.Module) -> None:
-    """Raises ValueError where the active adapters cannot be folded into their layers' weights."""
+    """Raises ValueError where active adapters cannot be folded into their layers' weights, or not as finite ones."""
     names, layers = _names_by_weight(model), patched_layers(model)
     for name, layer in layers.items():
-        adapters = tuple(adapter for adapter in layer.active_adapters if layer.has(adapter))
-        if not adapters or layer.merged_adapters:
+        if not layer.adapters_to_merge():
             continue
         try:
-            layer.check_fold(adapters)
+            layer.check_merge()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         # Another layer with adapters, such as a repeat of this one, gets a folded weight of its own.

@@ -84,7 +84,13 @@ def decode_launch(
     x: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, a: Tensor | None, b: Tensor | None,
     s: Tensor | None, scale: float, p: float, seed: Tensor | None, y: Tensor, arch: int | None, tile: Tile,
 ) -> Launch:  # fmt: skip
-    """One tile of tokens; `s` is written where there is an adapter."""
+    """`s` is written where there is an adapter.
+
+    Raises:
+        ValueError: more tokens than one tile holds.
+    """
+    if x.shape[0] > tile.block_m:
+        raise ValueError(f"x: expected up to {tile.block_m} tokens for a decode plan, found {x.shape[0]}")
     (M, K), N, R = x.shape, w.shape[0], 0 if a is None else a.shape[0]
     tiles, split = triton.cdiv(N, tile.block_n), tile.splits > 1
     x_ref, w_ref, tma = described(tile, arch, x, (tile.block_m, tile.block_c), w, (tile.block_n, tile.block_c))
@@ -104,4 +110,5 @@ def decode_launch(
             SPLITS=tile.splits, TMA=tma, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_c,
             BLOCK_R=next_block(R), num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
+        flops=2 * M * (N * K + tile.splits * N * R + tiles * K * R),
     )  # fmt: skip

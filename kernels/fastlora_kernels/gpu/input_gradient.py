@@ -39,7 +39,7 @@ def _input_gradient_kernel(
         first_m, first_k = pid_m * BLOCK_M, pid_k * BLOCK_K
         acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
         if a_ptr is not None:
-            for r in tl.static_range(0, RANK_SPAN, BLOCK_R):
+            for r in range(0, RANK_SPAN, BLOCK_R):
                 d_s = load_tile(d_s_ptr, stride_d_sm, stride_d_sr, first_m, r, M, R, BLOCK_M, BLOCK_R, False)
                 a = load_tile(a_ptr, stride_ar, stride_ak, r, first_k, R, K, BLOCK_R, BLOCK_K, False)
                 acc = dot(tl.trans(convert(a, dtype)), tl.trans(d_s), acc)
@@ -83,7 +83,7 @@ def input_gradient_launch(
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(K, tile.block_n)
-    return Launch(_input_gradient_kernel, programs(tile, tiles, d_y.device), arguments)
+    return Launch(_input_gradient_kernel, programs(tile, tiles, d_y.device), arguments, flops=2 * M * K * (N + R))
 
 
 def input_gradient(

@@ -74,7 +74,7 @@ def _linear_kernel(
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         s_acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
         if GIVEN_S:
-            for r in tl.static_range(0, RANK_SPAN, BLOCK_R):
+            for r in range(0, RANK_SPAN, BLOCK_R):
                 s = load_tile(s_ptr, stride_sm, stride_sr, first_m, r, M, R, BLOCK_M, BLOCK_R, False)
                 b = load_tile(b_ptr, stride_bn, stride_br, first_n, r, N, R, BLOCK_N, BLOCK_R, False)
                 acc = dot(convert(b, dtype), tl.trans(s), acc)
@@ -121,8 +121,10 @@ def linear_launch(
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_c, BLOCK_R=block_r,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
-    return Launch(_linear_kernel, programs(tile, tiles, x.device), arguments)
+    tiles_n = triton.cdiv(N, tile.block_n)
+    shrink_flops = 0 if a is None else 2 * M * K * R * tiles_n
+    grid = programs(tile, triton.cdiv(M, tile.block_m) * tiles_n, x.device)
+    return Launch(_linear_kernel, grid, arguments, flops=2 * M * N * (K + R) + shrink_flops)
 
 
 def expand(

@@ -91,6 +91,7 @@ def output_reduce_launch(
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
+        flops=2 * M * N * R * ((d_s is not None) + (d_b is not None)),
     )  # fmt: skip
 
 

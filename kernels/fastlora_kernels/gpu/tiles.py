@@ -105,7 +105,10 @@ def token_reduce_tile(arch: int | None, itemsize: int, block_r: int) -> Tile:
 
 def output_reduce_tile(arch: int | None, itemsize: int, tokens: int, features: int, block_r: int) -> Tile:
     """For `[M, N]` read once: tiles wide and slices long, which keeps the parts small, one per multiprocessor."""
-    block_m, block_n, warps = (16, 64, 4) if block_r >= 64 or itemsize > 2 else (32, 256, 8)
+    if block_r >= 64 or itemsize > 2:
+        block_m, block_n, warps = 16, 64, 8 if block_r >= 256 else 4
+    else:
+        block_m, block_n, warps = 32, 256, 8
     spans = triton.cdiv(max(tokens, 1), SPAN)
     slices = max(1, 2 * MULTIPROCESSORS // triton.cdiv(features, block_n))
     return Tile(block_m, block_n, 0, warps, 2, splits=triton.cdiv(spans, min(slices, spans)))

@@ -1,0 +1,45 @@
+"""A progress bar for what takes long, and none for what does not or where nobody looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Progress = bool | Callable[[int, int], None] | None
+
+BAR_FROM = 1 << 30  # bytes; less is done before anybody wonders
+
+
+@contextmanager
+def reported(what: str, total: int, progress: Progress) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with the bytes done since the last call.
+
+    Args:
+        total: bytes in all.
+        progress: None for a bar on a terminal's stderr where there is much to do, True for one in any case on a
+            terminal, False for none, or a function that is called with the bytes done and their total.
+    """
+    if callable(progress):
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, total)
+
+        yield advance
+        return
+    if progress is False or (progress is None and total < BAR_FROM):
+        yield lambda count: None
+        return
+    from rich import progress as bars
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    columns = (
+        bars.TextColumn(what), bars.BarColumn(), bars.DownloadColumn(), bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+    )  # fmt: skip
+    with bars.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
