@@ -56,7 +56,7 @@ def test_incomplete_is_passed_over(name, damage, run, caplog):
         file.write_bytes(content[: len(content) // 2] if damage == "cut off" else b"")
     with caplog.at_level(logging.WARNING):
         assert fastlora.last_checkpoint(run) == str(run / "checkpoint-2")
-    assert name in caplog.text
+    assert name.removesuffix(".pth") in caplog.text
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])

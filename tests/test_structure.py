@@ -26,7 +26,7 @@ LEVELS = [
     {"fastlora.checkpoints", "fastlora.environment", "fastlora.planning"},
     {"fastlora"},
     {"fastlora.integrations"},
-    {"fastlora.quickstart"},
+    {"fastlora.quickstart", "fastlora.training"},
     {"fastlora.cli"},
 ]  # fmt: skip
 

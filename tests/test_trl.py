@@ -92,12 +92,12 @@ def test_sft_trains_the_head_in_other_ways(settings, tokenizer, tmp_path):
 
 
 def preferences():
-    pairs = [(f"{i} squared is ", f"{i * i}", f"{i * i + 1}") for i in range(12)]
+    pairs = [(f"{i} is ", "even" if i % 2 == 0 else "odd", "neither") for i in range(12)]
     return Dataset.from_list([{"prompt": prompt, "chosen": yes, "rejected": no} for prompt, yes, no in pairs])
 
 
 def dpo(model, tokenizer, folder, **settings):
-    settings = dict(bf16=False, gradient_checkpointing=False, max_length=32) | settings
+    settings = dict(bf16=False, gradient_checkpointing=False, max_length=32, learning_rate=3e-2) | settings
     return make_trainer(
         model, folder, kind=lambda **given: DPOTrainer(processing_class=tokenizer, **given),
         arguments_class=DPOConfig, data=preferences(), **settings,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from . import env, export, merge, plan, quickstart, verify
+from . import env, export, merge, plan, quickstart, train, verify
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-for module in (quickstart, plan, merge, export, verify, env):
+for module in (quickstart, plan, train, merge, export, verify, env):
     app.command(module.__name__.rpartition(".")[-1])(module.command)
 
 

@@ -1,0 +1,1 @@
+"""`fastlora train`: a settings file and rows of text, to an adapter, by way of transformers' Trainer."""
