@@ -65,7 +65,10 @@ def write_adapters(model: nn.Module, path: Path, value: Callable[[nn.Parameter],
         saved = _as_peft_records(saved_config(config, list(own.values())), model, own)
         tensors = adapter_tensors(model, own, adapter, config, value) | gathered(resized_embeddings(model, saved))
         write = functools.partial(write_folder, folder, tensors, saved)
-        in_first_process(write) if is_sharded(model) else write()
+        if is_sharded(model):
+            in_first_process(write)
+        else:
+            write()
 
 
 def load(

@@ -65,8 +65,11 @@ class Reader(nn.Module):
 
 
 def _read(module: Any, name: str) -> Any:
-    """A parameter with the running adapters in it."""
-    parameter, terms = module._parameters[name], module.adapted_by[name].terms(name)
+    """A parameter with the running adapters in it; a part of one, which only FSDP2 asks for, as it is."""
+    parameter = module._parameters[name]
+    if ops.is_dtensor(parameter):
+        return parameter
+    terms = module.adapted_by[name].terms(name)
     if not terms:
         return parameter
     if module.adapted_reads is None:
