@@ -19,7 +19,7 @@ from fastlora.quickstart.demo import BASE
 
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted(file for file in (ROOT / "docs").glob("*.md") if "```" in file.read_text())
-RUN = {"python", "sh"}
+RUN = {"python", "sh", "yaml"}
 SHOWN = {"text"}  # output, and commands of other programs
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -81,7 +81,7 @@ def session(guide: Path) -> str:
     """A guide as one Python session with a shell beside it; a snippet that starts with a file's name is that file."""
     lines = ["import pathlib, subprocess"]
     for language, text in snippets(guide):
-        file = re.match(r"# (\w+\.py)\n", text)
+        file = re.match(r"# (\w+\.(py|yaml))\n", text)
         if file:
             lines.append(f"pathlib.Path({file.group(1)!r}).write_text({text!r})")
         elif language == "python":
@@ -94,6 +94,7 @@ def session(guide: Path) -> str:
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
 def test_snippets_are_run_or_shown(guide):
     assert {language for language, _ in snippets(guide)} <= RUN | SHOWN
+    assert all(text.startswith("# ") for language, text in snippets(guide) if language == "yaml"), "no file's name"
     assert len(snippets(guide)) == guide.read_text().count("```") // 2
 
 
