@@ -9,8 +9,9 @@ fastlora.merge(model)
 from .adapters.combine import combine
 from .adapters.files import load, save
 from .adapters.hotswap import hotswap
+from .adapters.mixed_training import MixedTraining
 from .adapters.mixing import mixed
-from .adapters.recipes import freeze_a, loraplus_groups
+from .adapters.recipes import adapter_groups, freeze_a, loraplus_groups
 from .adapters.registry import (
     delete_adapter,
     disabled,
@@ -33,6 +34,8 @@ configure_from_environment()
 
 __all__ = [
     "LoraConfig",
+    "MixedTraining",
+    "adapter_groups",
     "combine",
     "delete_adapter",
     "disabled",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
-import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,11 +18,24 @@ LIMIT = 120  # seconds, for processes that wait for each other to start on a bus
 
 # Children of a server that has imported what they need, and nothing of this process' state.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.fsdp", "transformers", "models"])
+_context.set_forkserver_preload([
+    "fastlora", "torch.distributed.checkpoint.state_dict", "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+])  # fmt: skip
 
 
 def run_in_two(function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `function(rank, *arguments)` returns in each of two processes; numbers, strings and containers of them."""
+    with two_processes(function, *arguments) as ends:
+        results = [received(rank, end) for rank, end in enumerate(ends)]
+    for rank, (_, error) in enumerate(results):
+        assert not error, f"process {rank} failed:\n{error}"
+    return [result for result, _ in results]
+
+
+@contextmanager
+def two_processes(function: Callable[..., Any], *arguments: Any) -> Iterator[list[Any]]:
+    """The ends of pipes that the two processes send to, inside a `with` block that they do not outlive."""
     with tempfile.TemporaryDirectory() as folder:
         ends, children = [], []
         for rank in range(PROCESSES):
@@ -33,24 +46,25 @@ def run_in_two(function: Callable[..., Any], *arguments: Any) -> list[Any]:
             ends.append(here)
             children.append(child)
         try:
-            return _results(ends)
+            yield ends
         finally:
             for child in children:
                 child.kill()
                 child.join()
 
 
-def _results(ends: list[Any]) -> list[Any]:
-    deadline = time.monotonic() + LIMIT
-    found = []
-    for rank, end in enumerate(ends):
-        if not end.poll(max(0.0, deadline - time.monotonic())):
-            raise TimeoutError(f"process {rank}: no result in {LIMIT} s")
-        result, error = end.recv()
-        if error:
-            raise AssertionError(f"process {rank} failed:\n{error}")
-        found.append(result)
-    return found
+def received(rank: int, end: Any, limit: float = LIMIT) -> tuple[Any, str]:
+    """A process' result and its error; of one that died, neither.
+
+    Raises:
+        TimeoutError: it has sent nothing for `limit` seconds.
+    """
+    if not end.poll(limit):
+        raise TimeoutError(f"process {rank}: no result in {limit} s")
+    try:
+        return end.recv()
+    except EOFError:
+        return None, "it died"
 
 
 def _work(rank: int, store: str, end: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -31,14 +31,21 @@ def mixed(
             DoRA, or with modules or biases of its own.
     """
     mix = _make_mix(model, rows, adapters_of_rows)
-    layers = patched_layers(model).values()
     try:
-        for layer in layers:
-            layer.mix_adapters(mix)
+        set_mix(model, mix)
         yield
     finally:
-        for layer in layers:
-            layer.mix_adapters(None)
+        set_mix(model, None)
+
+
+def mix_rows(model: nn.Module, rows: Tensor, names: Sequence[str]) -> None:
+    """What `mixed` does at the beginning of its block; `set_mix(model, None)` is what it does at the end."""
+    set_mix(model, _make_mix(model, rows, names))
+
+
+def set_mix(model: nn.Module, mix: Mix | None) -> None:
+    for layer in patched_layers(model).values():
+        layer.mix_adapters(mix)
 
 
 def _make_mix(model: nn.Module, rows: Sequence[str | None] | Tensor, names: Sequence[str] | None) -> Mix:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from .registry import adapters, lora_layers, patched_layers
+from .registry import adapters, check_known, lora_layers, patched_layers
+from .trained import copies_of
 
 
 def loraplus_groups(
@@ -50,6 +52,51 @@ def loraplus_groups(
     if not groups:
         raise ValueError("model: expected parameters that train, found none")
     return [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()]
+
+
+def adapter_groups(model: nn.Module, rates: Mapping[str, float], weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Parameter groups for any optimizer in which every adapter learns at its own rate.
+
+    An optimizer keeps its state by parameter, so adapters that train in one run share none of it. Parameters of one
+    axis, such as biases, do not decay. Behind `fully_shard`, which makes new parameters, the groups are made anew.
+
+    Args:
+        rates: the learning rate of each adapter that trains, by name.
+
+    Returns:
+        Dicts with "params", "lr", "weight_decay" and "adapter", the name; one or two for each adapter.
+
+    Raises:
+        ValueError: an adapter is unknown, does not train, or trains and has no rate; or a rate or the decay is
+            negative.
+    """
+    for name, value in {**rates, "weight_decay": weight_decay}.items():
+        if not value >= 0:
+            raise ValueError(f"{name}: expected a number of at least 0, found {value!r}")
+    patched_layers(model)
+    trained = {name: _trained_parameters(model, name) for name in adapters(model)}
+    for name in rates:
+        check_known(model, name)
+        if not trained[name]:
+            raise ValueError(f"rates: expected adapters that train, found {name!r}, which is frozen")
+    missing = [name for name, parameters in trained.items() if parameters and name not in rates]
+    if missing:
+        raise ValueError(f"rates: expected one for each adapter that trains, found none for {missing}")
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for name in rates:
+        for parameter in trained[name]:
+            groups.setdefault((name, weight_decay if parameter.dim() > 1 else 0.0), []).append(parameter)
+    return [
+        {"params": members, "lr": rates[name], "weight_decay": decay, "adapter": name}
+        for (name, decay), members in groups.items()
+    ]
+
+
+def _trained_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
+    """What trains of an adapter, each parameter once."""
+    found = [p for layer in lora_layers(model).values() if layer.has(adapter) for p in layer.parts(adapter).values()]
+    found += copies_of(model, adapter).values()
+    return [parameter for parameter in found if parameter.requires_grad]
 
 
 def freeze_a(model: nn.Module, adapter: str | None = None) -> nn.Module:

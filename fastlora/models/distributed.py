@@ -104,9 +104,7 @@ def copy_into(parameter: Any, value: Tensor) -> None:
 
 def rank() -> int:
     """This process' number, 0 where there is one."""
-    return (
-        torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
-    )
+    return torch.distributed.get_rank() if _started() else 0
 
 
 def in_first_process(work: Callable[[], None]) -> None:
@@ -127,3 +125,12 @@ def in_first_process(work: Callable[[], None]) -> None:
         torch.distributed.broadcast_object_list(failure)
     if failure[0]:
         raise OSError(f"in the first process: {failure[0]}")
+
+
+def processes() -> int:
+    """How many processes work together."""
+    return torch.distributed.get_world_size() if _started() else 1
+
+
+def _started() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
