@@ -22,9 +22,12 @@ HALF_THE_DIGITS = torch.finfo(torch.float64).eps ** 0.5
 TRAINED_ALONE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
-def patched(dtype=torch.float32, name="gpt2", **settings):
+def patched(dtype=torch.float32, name="gpt2", quantize=None, dropout=0.0, **settings):
     """The same in every process and every dtype. GPT-2 computes all of itself in float64, as Llama does not."""
-    return fastlora.patch(make_model(name), r=4, targets=MODELS[name][1], **settings).to(dtype)
+    config = fastlora.LoraConfig(
+        r=4, lora_alpha=4, target_modules=MODELS[name][1], lora_dropout=dropout, **settings
+    )  # fmt: skip
+    return fastlora.patch(make_model(name), config=config, quantize=quantize).to(dtype)
 
 
 def batch(rank=None):
@@ -67,22 +70,23 @@ def ddp(model):
 ENGINES = {"ddp": ddp, "fsdp2": fastlora.shard}
 
 
-def losses_of_engines(rank, int8):
-    quantize = "int8" if int8 else None
+KINDS = {"dense": {}, "int8": {"quantize": "int8"}, "dora": {"use_dora": True}}
+
+
+def losses_of_engines(rank, kind):
     return {
-        (name, str(dtype)): train(engine(patched(dtype, quantize=quantize)), batch(rank))
+        (name, str(dtype)): train(engine(patched(dtype, **KINDS[kind])), batch(rank))
         for name, engine in ENGINES.items()
         for dtype in (torch.float64, torch.float32)
     }
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["dense", "int8"])
-def test_losses_equal_those_of_one_process(int8):
-    found, again = run_in_two(losses_of_engines, int8)
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_equal_those_of_one_process(kind):
+    found, again = run_in_two(losses_of_engines, kind)
     assert found == again
-    quantize = "int8" if int8 else None
-    exact = torch.tensor(train(patched(torch.float64, quantize=quantize), batch()), dtype=torch.float64)
-    single = torch.tensor(train(patched(quantize=quantize), batch()))
+    exact = torch.tensor(train(patched(torch.float64, **KINDS[kind]), batch()), dtype=torch.float64)
+    single = torch.tensor(train(patched(**KINDS[kind]), batch()))
     assert exact[-1] < exact[0] - 0.1
     for name in ENGINES:
         torch.testing.assert_close(

@@ -156,6 +156,7 @@ def refusals(rank, folder):
     mixed_dtypes = make_model("llama", torch.bfloat16)
     mixed_dtypes.model.layers[0].self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(48, dtype=torch.bfloat16))
     fastlora.patch(mixed_dtypes, config=fastlora.LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only"))
+    no_transformer = fastlora.patch(torch.nn.Sequential(torch.nn.Linear(4, 4)), targets=["0"])
     calls = {
         "patch": lambda: fastlora.patch(model, targets=["k_proj"], adapter="other"),
         "load": lambda: fastlora.load(model, f"{folder}/{rank}", "other"),
@@ -168,7 +169,9 @@ def refusals(rank, folder):
         "shard merged": lambda: fastlora.shard(merged),
         "shard pissa": lambda: fastlora.shard(pissa),
         "shard unpatched": lambda: fastlora.shard(make_model("llama")),
-        "shard without blocks": lambda: fastlora.shard(fastlora.patch(torch.nn.Sequential(torch.nn.Linear(4, 4)))),
+        "shard without blocks": lambda: fastlora.shard(
+            fastlora.patch(torch.nn.Sequential(torch.nn.Linear(4, 4)), targets=["0"])
+        ),
         "shard two dtypes": lambda: fastlora.shard(mixed_dtypes),
         "patch sharded": lambda: fastlora.patch(fully_shard(make_model("llama"))),
         "patch tensor parallel": lambda: fastlora.patch(tensor_parallel(make_model("llama"))),
