@@ -169,9 +169,7 @@ def refusals(rank, folder):
         "shard merged": lambda: fastlora.shard(merged),
         "shard pissa": lambda: fastlora.shard(pissa),
         "shard unpatched": lambda: fastlora.shard(make_model("llama")),
-        "shard without blocks": lambda: fastlora.shard(
-            fastlora.patch(torch.nn.Sequential(torch.nn.Linear(4, 4)), targets=["0"])
-        ),
+        "shard without blocks": lambda: fastlora.shard(no_transformer),
         "shard two dtypes": lambda: fastlora.shard(mixed_dtypes),
         "patch sharded": lambda: fastlora.patch(fully_shard(make_model("llama"))),
         "patch tensor parallel": lambda: fastlora.patch(tensor_parallel(make_model("llama"))),

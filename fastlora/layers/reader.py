@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .adapted import AdaptedWeight, Term, teach_dynamo
 from .base import LoraLayer, rebind_hooked_forward
 
@@ -64,8 +65,11 @@ class Reader(nn.Module):
 
 
 def _read(module: Any, name: str) -> Any:
-    """A parameter with the running adapters in it."""
-    parameter, terms = module._parameters[name], module.adapted_by[name].terms(name)
+    """A parameter with the running adapters in it; a part of one, which only FSDP2 asks for, as it is."""
+    parameter = module._parameters[name]
+    if ops.is_dtensor(parameter):
+        return parameter
+    terms = module.adapted_by[name].terms(name)
     if not terms:
         return parameter
     if module.adapted_reads is None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from .base import LoraLayer, Parts, become
 from .embedding import check_embedding, is_embedding, scaled
 
@@ -76,9 +77,10 @@ class TokenLayer(LoraLayer):
     def weight(self) -> Any:
         """The weight with the running adapters' rows, for whoever reads it instead of calling the layer.
 
-        The frozen parameter itself where none runs.
+        The frozen parameter itself where none runs, or where it is a part of one, which only FSDP2 asks for.
         """
-        return self._with_rows(self.running_adapters())
+        parameter = self._parameters["weight"]
+        return parameter if ops.is_dtensor(parameter) else self._with_rows(self.running_adapters())
 
     def _with_rows(self, adapters: tuple[str, ...]) -> Any:
         weight: Any = self._parameters["weight"]

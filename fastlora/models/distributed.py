@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import is_dtensor
+
 _BEFORE = "do that before torch.distributed.fsdp.fully_shard"
 
 
@@ -50,12 +52,6 @@ def _foreign(tensor: Any) -> str:
     if hasattr(tensor, "ds_id"):
         return "DeepSpeed ZeRO stage 3"
     return "FSDP1" if getattr(tensor, "_fsdp_flattened", False) else ""
-
-
-def is_dtensor(tensor: Any) -> bool:
-    # Where nothing has imported them there are none, and the import is not free.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .dispatch import implementation
+from .dtensor import is_dtensor
 
 
 def _run(name: str, a: Tensor | None, *inputs: Any) -> Any:
@@ -174,7 +175,7 @@ def lora_linear(
 
 def _check_local(*tensors: Tensor | None) -> None:
     for tensor in tensors:
-        if type(tensor).__name__ == "DTensor":
+        if is_dtensor(tensor):
             raise TypeError(
                 "lora_linear: expected tensors of this process alone, found a DTensor: fastlora has no tensor "
                 "parallelism; and layers of a model that FSDP2 has sharded are called through the model"
