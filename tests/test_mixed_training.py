@@ -228,6 +228,9 @@ def test_a_batch_that_names_no_adapters_uses_the_active_one():
         assert torch.equal(losses_by_row(model, batch), active)
         with pytest.raises(ValueError, match="adapter_rows: expected in the batch"):
             mixed.loss({"logits": torch.zeros(2, 3, 4)}, torch.zeros(2, 3))
+        losses_by_row(model, mixed.collator(collate)(data([None])))
+        with pytest.raises(ValueError, match="adapter: expected a row in each batch that names an adapter"):
+            mixed.loss({"logits": torch.zeros(1, 3, 4)}, torch.zeros(1, 3))
         losses_by_row(model, mixed.collator(collate)(data(["a", "b"])))
     assert torch.equal(losses_by_row(model, batch), active)
 

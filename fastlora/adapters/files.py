@@ -60,7 +60,10 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         saved = _as_peft_records(saved_config(config, list(own.values())), model, own)
         tensors = adapter_tensors(model, own, adapter, config) | gathered(resized_embeddings(model, saved))
         write = functools.partial(_write_folder, folder, tensors, saved)
-        in_first_process(write) if is_sharded(model) else write()
+        if is_sharded(model):
+            in_first_process(write)
+        else:
+            write()
 
 
 def load(

@@ -133,7 +133,7 @@ class MixedTraining:
                 counts by its share of them.
 
         Raises:
-            ValueError: the batch came without `adapter_rows`.
+            ValueError: the batch came without `adapter_rows`, or no row of it names an adapter.
         """
         if self._rows is None:
             raise ValueError(f"{ROWS}: expected in the batch, as MixedTraining.collator puts it there, found none")
@@ -148,4 +148,7 @@ class MixedTraining:
                 )  # fmt: skip
                 self.losses[name] = loss.detach()
                 total = total + loss
+        if not self.losses and processes() == 1:
+            raise ValueError(f"{self.column}: expected a row in each batch that names an adapter, found None alone")
+        total = total + 0.0 * logits.sum()  # has gradients, of zero, in a process without such rows
         return total if num_items_in_batch is None else total * (own.sum() / num_items_in_batch)
