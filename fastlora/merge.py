@@ -28,11 +28,11 @@ def merge(model: nn.Module, adapters: Sequence[str] | None = None) -> nn.Module:
         ValueError: the model is not patched or is sharded, there is no adapter of a name, an adapter cannot be
             folded into its layer, or a merged weight would not be finite; nothing is merged then.
     """
+    check_whole(model, _ON_DISK)
     if adapters is not None:
         for adapter in adapters:
             check_known(model, adapter)
         set_adapter(model, adapters)
-    check_whole(model, _ON_DISK)
     check_foldable(model)
     todo = {name: layer for name, layer in patched_layers(model).items() if not layer.merged_adapters}
     finished = False

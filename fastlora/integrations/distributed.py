@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.registry import check_original_weights, check_unmerged, patched_layers
+from ..adapters.registry import adapters, check_original_weights, check_unmerged, patched_layers
 from ..models.distributed import check_whole
 
 
@@ -30,7 +30,10 @@ def shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, **sett
     To resume, `torch.distributed.checkpoint.state_dict` gathers what trains, with the optimizer's state:
     `get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True,
     ignore_frozen_params=True))`; and `set_state_dict` puts it back into a model that was patched and sharded alike.
-    `fastlora.hotswap` puts an adapter's folder in.
+    `fastlora.hotswap` puts an adapter's folder in. Where a process dies, the others fail in their next collective,
+    at once with gloo and after the group's timeout at the latest; torchrun ends them.
+
+    The 16-bit dtype of a mixed precision policy is also that of the int8 weights' scales, rounded as they are gathered.
 
     A mask of dropout follows from its process' generator. Processes with one seed draw one mask for their different
     rows, as with `nn.Dropout`; `torch.manual_seed(seed + rank)` behind `patch`, or accelerate's
@@ -71,11 +74,12 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 def _apart(model: nn.Module) -> list[nn.Module]:
     """The modules that train in another dtype than the adapters."""
-    adapters = _trained_dtypes(patched_layers(model).values())
-    usual = next(iter(adapters), torch.float32)
-    found = [module for module in model.modules() if _own_dtypes(module) - {usual}]
+    layers = patched_layers(model).values()
+    parts = [part for layer in layers for name in adapters(model) for part in layer.parts(name).values()]
+    usual = next((part.dtype for part in parts if part.requires_grad), torch.float32)
+    found = [module for module in model.modules() if _trained_dtypes(module, recurse=False) - {usual}]
     for module in found:
-        dtypes = _trained_dtypes([module])
+        dtypes = _trained_dtypes(module)
         if len(dtypes) > 1:
             raise ValueError(
                 f"model: expected each layer to train in one dtype, as FSDP2 does, found {sorted(map(str, dtypes))} in "
@@ -84,9 +88,5 @@ def _apart(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _own_dtypes(module: nn.Module) -> set[torch.dtype]:
-    return {parameter.dtype for parameter in module.parameters(recurse=False) if parameter.requires_grad}
-
-
-def _trained_dtypes(modules: Iterable[nn.Module]) -> set[torch.dtype]:
-    return {dtype for module in modules for part in module.modules() for dtype in _own_dtypes(part)}
+def _trained_dtypes(module: nn.Module, recurse: bool = True) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in module.parameters(recurse) if parameter.requires_grad}
