@@ -195,7 +195,7 @@ def test_the_commands(tmp_path):
     assert "exported as int8" in output
     code, output = run("verify", base, adapter, out)
     assert code == 0
-    assert "pack-quantized, 14 int8, 7 copied: every tensor is base + adapter" in output
+    assert "pack-quantized, 7 copied, 14 int8: every tensor is base + adapter" in output
     edit(out, f"{Q}weight_packed", lambda words: words + 2)
     code, output = run("verify", base, adapter, out)
     assert code == 1
@@ -204,6 +204,7 @@ def test_the_commands(tmp_path):
     code, output = run("verify", base, adapter, out, "--json")
     assert code == 1
     found = json.loads(output)
+    assert "NaN" not in output
     assert (found["ok"], found["worst"], found["format"]) == (False, f"{Q}weight", "pack-quantized")
     code, output = run("export", base, adapter, tmp_path / "portable", "--portable", "--json")
     assert code == 0

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .convert import Conversion, specs_of, write_file_of
-from .folder import SETTINGS_FILE, check_apart, check_device, check_space, filling, write_file
+from .folder import SETTINGS_FILE, check_apart, check_space, chosen_device, filling, write_file
 from .inputs import AnyAdapters, AnyPath, Inputs, by_folder, read_inputs
 from .int8 import INT8_FORMATS, Specs
 from .layout import index_of, lay_out
@@ -79,8 +79,7 @@ def export_checkpoint(
     if to not in FORMATS:
         raise ValueError(f"to: expected one of {FORMATS}, found {to!r}")
     base, out, folders = Path(base), Path(out), by_folder(adapter)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
+    device = chosen_device(device)
     check_apart(out, [base, *folders])
     if text is not None:
         check_text(base, text, to)

@@ -33,12 +33,18 @@ NOT_COPIED = {
 }  # fmt: skip
 
 
-def check_device(device: Any) -> None:
-    """Raises ValueError where this machine has no such device."""
+def chosen_device(device: torch.device | str | None) -> torch.device | str:
+    """The device, by default a GPU if there is one.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         raise ValueError(f"device: expected one of this machine, found {device!r}: {error}") from None
+    return device
 
 
 def small_files(base: Path) -> list[Path]:

@@ -20,8 +20,8 @@ from .shards import DTYPES, Entry, Shard
 
 EXPERT = re.compile(r"(.*\.)?experts\.\d+\.[^.]+")  # one projection of one expert, as checkpoints store them
 EXPERTS = r"re:.*\.experts\..*"  # all of them, in the words of compressed-tensors
-# Parts of the names of what is no linear layer, or of a router, where there is no class to ask.
-NOT_LINEAR = re.compile(r"(?i).*(norm|embed|router|position|score|classifier)|(.*\.)?(gate|wte|wpe|ln_\w+)")
+# Names of what is no linear layer, or a router or a head, where there is no class to ask.
+NOT_LINEAR = re.compile(r"(?i).*(norm|embed|router|position|score|classif).*|gate|wte|wpe|ln_\w+")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ def _by_name(entries: dict[str, Entry]) -> Linears:
         module, _, attribute = name.rpartition(".")
         if attribute != "weight" or not _is_matrix(entry):
             continue
-        if module.rpartition(".")[2] in HEADS | INPUTS or NOT_LINEAR.fullmatch(module):
+        own = module.rpartition(".")[2]
+        if own in HEADS | INPUTS or NOT_LINEAR.fullmatch(own):
             dense.append(module)
         else:
             quantized[name] = False

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .folder import check_apart, check_device, check_space, filling, write_file
+from .folder import check_apart, check_space, chosen_device, filling, write_file
 from .inputs import AnyAdapters, AnyPath, by_folder, read_inputs
 from .pieces import write_places
 from .plan import NewFile, plan_small_files, plan_weights
@@ -57,8 +57,7 @@ def merge_checkpoint(
     """
     base, out = Path(base), Path(out)
     folders = by_folder(adapter)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
+    device = chosen_device(device)
     check_apart(out, [base, *folders])
     inputs = read_inputs(base, folders)
     files = plan_weights(inputs.shards, inputs.changes, inputs.new)

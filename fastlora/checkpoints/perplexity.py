@@ -28,9 +28,21 @@ def check_text(base: Path, text: str, to: str) -> None:
         raise ValueError(
             f"text: expected {NEEDED[to]} installed, with which transformers loads {to!r}, found it missing"
         )
+    _check_causal(base)
     tokens = _tokens(base, text)
     if tokens.numel() < 2:
         raise ValueError(f"text: expected at least two tokens, found {tokens.numel()}")
+
+
+def _check_causal(base: Path) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    try:
+        known = type(AutoConfig.from_pretrained(base, trust_remote_code=False)) in MODEL_FOR_CAUSAL_LM_MAPPING
+    except (OSError, ValueError) as error:
+        raise ValueError(f"text: expected a causal language model that transformers has, found {error}") from None
+    if not known:
+        raise ValueError(f"text: expected a causal language model, found another kind in {str(base)!r}")
 
 
 def perplexities(

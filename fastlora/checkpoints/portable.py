@@ -163,6 +163,8 @@ def _apart(pairs: Pairs, entries: dict[str, Entry], notes: list[str]) -> Pairs:
         if same_tensor(f"{module}.weight", entries) or not parts or len(stored) < len(parts):
             apart[module] = a, b
             continue
+        if both := [part for part in parts if part in pairs or part in apart]:
+            raise ValueError(f"adapter: expected one product for {both[0]!r}, found another in {module!r}")
         rows = [entries[part].shape[0] for part in stored]
         if sum(rows) != b.shape[0]:
             raise ValueError(f"{PREFIX}{module}{B}: expected {sum(rows)} rows for {FUSED[name]}, found {b.shape[0]}")

@@ -41,6 +41,7 @@ class ExportReport:
         return max(self.errors, key=lambda error: error.relative_rms, default=None)
 
     def to_dict(self) -> dict[str, Any]:
+        """The values as JSON has them, by the names of the attributes."""
         return asdict(self)
 
 
@@ -110,7 +111,13 @@ class Verification:
         return max(self.tensors, key=lambda check: (check.problem is not None, check.share))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"ok": self.ok, "worst": self.worst.name} | asdict(self)
+        """The values as JSON has them: "ok", the name of the "worst" tensor, "format", and "tensors"; inf is null."""
+        tensors = [{name: _finite(value) for name, value in asdict(check).items()} for check in self.tensors]
+        return {"ok": self.ok, "worst": self.worst.name, "format": self.format, "tensors": tensors}
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Comparison(Difference):

@@ -11,6 +11,7 @@ weight may be off by half the distance of two codes.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from .change import AbsmaxChange, Change
 from .convert import Conversion
-from .folder import check_device
+from .folder import chosen_device
 from .inputs import AnyAdapters, AnyPath, by_folder, read_inputs, read_settings
 from .int8 import FLOAT32_UNIT, format_of
 from .linears import Linears, find_linears
@@ -48,21 +49,21 @@ def verify_checkpoint(
     Args:
         base, adapter: as in `merge_checkpoint`.
         merged: a folder that `merge_checkpoint`, `export_checkpoint` or another tool wrote.
-        device: where to compute, by default the CPU.
+        device: where to compute, by default a GPU if there is one.
         progress: called with the bytes of the base that are compared and their total.
 
     Raises:
         ValueError: a folder is not what it should be, or its format is unknown. A wrong tensor raises nothing.
     """
     base, merged = Path(base), Path(merged)
-    check_device(device)
+    device = chosen_device(device)
     inputs = read_inputs(base, by_folder(adapter))
     files, format = Files(find_shards(merged)), format_of(read_settings(merged))
     linears = Linears({}, [])
     if format is not None and format.conv1d and format_of(inputs.settings) is None:
         # Such weights are stored the other way round.
         linears = find_linears(inputs.settings, inputs.shards, format)
-    conversion = Conversion(inputs.changes, "", "", format, linears, device or "cpu")
+    conversion = Conversion(inputs.changes, "", "", format, linears, device)
     entries = [(shard, entry) for shard in inputs.shards for entry in inputs.entries(shard)]
     done, total = 0, sum(entry.stop - entry.start for _, entry in entries)
     checks: list[TensorCheck] = []
@@ -105,19 +106,17 @@ def _check_dense(
 ) -> TensorCheck:  # fmt: skip
     change = conversion.changes.get(entry.name, Change())
     limits = torch.finfo(DTYPES[found.dtype])
-    unit = 0.0 if kind == "copied" else limits.eps / 2
     comparison = Comparison()
     for rows, expected in conversion.merged(entry, source):
         actual = found.read(file, rows).to(expected.device).float()
-        bound = _bound(change, rows, expected, unit) + (limits.tiny * limits.eps / 2 if unit else 0.0)
+        bound = _bound(change, rows, expected, limits.eps / 2) + limits.tiny * limits.eps / 2
         comparison.add_bounded(expected, actual, bound)
-    return comparison.result(entry.name, kind)
+    check = comparison.result(entry.name, kind)
+    return check if kind != "copied" else replace(check, problem="expected the base's bytes, found others")
 
 
 def _bound(change: Change, rows: slice, expected: Tensor, unit: float) -> Tensor:
     """What rounding explains in rows of a dense tensor."""
-    if not unit:
-        return torch.zeros_like(expected)
     roundings = DORA_ROUNDINGS if any(term.magnitude is not None for term in change.terms) else 1
     bound = (unit * roundings + FLOAT32_UNIT) * expected.abs()
     for added in change.added:

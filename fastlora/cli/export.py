@@ -13,7 +13,7 @@ from .console import Json, bytes_progress, console, quiet_libraries, users_error
 if TYPE_CHECKING:
     from ..checkpoints.report import ExportReport
 
-TO = "peft, portable (an adapter for vLLM and llama.cpp), bf16, fp16, fp32, int8 (W8A16), w8a8 or bnb8."
+TO = "peft, portable (for vLLM and llama.cpp), bf16, fp16, fp32, int8 (W8A16, the default), w8a8 or bnb8."
 ROWS = 5  # layers in the table, worst first
 
 
@@ -21,7 +21,7 @@ def command(
     base: Annotated[Path, typer.Argument(help="Folder of a model's safetensors files.")],
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter in PEFT's format.")],
     out: Annotated[Path, typer.Argument(help="New folder for the export, or an interrupted export of these.")],
-    to: Annotated[str, typer.Option(help=TO)] = "int8",
+    to: Annotated[str | None, typer.Option(help=TO)] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Short for --to portable.")] = False,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure the perplexity on; loads the model.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute; default: the CPU.")] = None,
@@ -32,11 +32,12 @@ def command(
     from ..checkpoints.export import export_checkpoint
 
     with users_errors():
+        if portable and to not in (None, "portable"):
+            raise ValueError(f"--portable: expected without --to, found {to!r}")
         content = None if text is None else text.read_text(encoding="utf-8")
+        chosen = "portable" if portable else to or "int8"
         with bytes_progress("exporting") as progress:
-            report = export_checkpoint(
-                base, adapter, out, to="portable" if portable else to, text=content, device=device, progress=progress
-            )
+            report = export_checkpoint(base, adapter, out, to=chosen, text=content, device=device, progress=progress)
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
     else:
