@@ -1,9 +1,10 @@
-"""Every plan of the GPU kernels against the reference in float64, and what the choice of a plan rests on."""
+"""Every plan of the GPU kernels against the reference in float64."""
 
 import functools
 from dataclasses import replace
 
 import pytest
+import torch
 from accuracy import compare
 from inputs import DTYPES, backward_inputs, linear_inputs
 
@@ -53,3 +54,49 @@ every_plan = pytest.mark.parametrize(
 @pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
 def test_plan_matches_reference(device, which, plan, shape, dtype, int8):
     check(which, plan, shape, dtype, device, int8=int8, p=0.1)
+
+
+@every_plan
+def test_plan_without_dropout_or_bias(device, which, plan):
+    options = {"bias": False} if which == "forward" else {}
+    check(which, plan, ALIGNED, torch.bfloat16, device, int8=True, **options)
+
+
+@every_plan
+def test_plan_for_the_frozen_layer_alone(device, which, plan):
+    for int8 in (False, True):
+        check(which, plan, (*ALIGNED[:3], 1), torch.float32, device, int8=int8, adapter=False)
+
+
+@every_plan
+def test_plan_with_strides_that_tma_does_not_take(device, which, plan):
+    """Column-major operands, and rows that start at odd places, load through pointers."""
+    planned = planned_forward if which == "forward" else planned_backward
+    make = linear_inputs if which == "forward" else backward_inputs
+    inputs = make((13, 96, 64, 8), torch.float16, device, int8=True, p=0.1)
+    expected = planned(plan, **inputs)
+    name = "x" if which == "forward" else "d_y"
+    for relaid in (inputs[name].T.contiguous().T, torch.nn.functional.pad(inputs[name], (1, 2))[:, 1:-2]):
+        changed = inputs | {name: relaid, "w": inputs["w"].T.contiguous().T}
+        if plan.kind == "cublas":
+            eager = reference.lora_linear if which == "forward" else reference.lora_linear_backward
+            compare(functools.partial(planned, plan), eager, changed)
+        else:
+            assert all(torch.equal(one, other) for one, other in zip(planned(plan, **changed), expected, strict=True))
+
+
+@every_plan
+def test_plan_gives_the_same_bits_again(device, which, plan):
+    planned = planned_forward if which == "forward" else planned_backward
+    make = linear_inputs if which == "forward" else backward_inputs
+    inputs = make((13 if which == "forward" else 140, 96, 64, 8), torch.bfloat16, device, int8=True, p=0.1)
+    first, second = planned(plan, **inputs), planned(plan, **inputs)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("rank", [1, 16, 65, 130, 256])
+@every_plan
+def test_plan_at_every_kind_of_rank(device, which, plan, rank):
+    if plan.kind in ("decode", "fused") and rank > 65:
+        pytest.skip("the table gives these plans ranks up to 64 only")
+    check(which, plan, (13, 64, 48, rank), torch.float16, device, p=0.1)

@@ -133,8 +133,8 @@ def _named(
 
 
 def _tile(plan: Plan) -> str:
-    tile = plan.tile
-    return f"{tile.block_m}x{tile.block_n}x{tile.block_c} {tile.num_warps} warps {tile.num_stages} stages{' tma' if tile.tma else ''}"
+    tile, loads = plan.tile, " tma" if plan.tile.tma else ""
+    return f"{tile.block_m}x{tile.block_n}x{tile.block_c} {tile.num_warps} warps {tile.num_stages} stages{loads}"
 
 
 def weight_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:

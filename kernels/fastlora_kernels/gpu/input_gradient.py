@@ -39,7 +39,7 @@ def _input_gradient_kernel(
         first_m, first_k = pid_m * BLOCK_M, pid_k * BLOCK_K
         acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
         if a_ptr is not None:
-            for r in range(0, RANK_SPAN, BLOCK_R):
+            for r in tl.range(0, RANK_SPAN, BLOCK_R, num_stages=1):  # no registers for loads ahead
                 d_s = load_tile(d_s_ptr, stride_d_sm, stride_d_sr, first_m, r, M, R, BLOCK_M, BLOCK_R, False)
                 a = load_tile(a_ptr, stride_ar, stride_ak, r, first_k, R, K, BLOCK_R, BLOCK_K, False)
                 acc = dot(tl.trans(convert(a, dtype)), tl.trans(d_s), acc)

@@ -74,7 +74,7 @@ def _linear_kernel(
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         s_acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
         if GIVEN_S:
-            for r in range(0, RANK_SPAN, BLOCK_R):
+            for r in tl.range(0, RANK_SPAN, BLOCK_R, num_stages=1):  # no registers for loads ahead
                 s = load_tile(s_ptr, stride_sm, stride_sr, first_m, r, M, R, BLOCK_M, BLOCK_R, False)
                 b = load_tile(b_ptr, stride_bn, stride_br, first_n, r, N, R, BLOCK_N, BLOCK_R, False)
                 acc = dot(convert(b, dtype), tl.trans(s), acc)

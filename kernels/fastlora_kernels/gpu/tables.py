@@ -83,7 +83,7 @@ def nearest(
         serving = [
             row for row in rows
             if (row.op, row.dtype, row.int8) == (op, name, int8) and row.dropout in (None, dropout)
-            and (row.max_rank >= R if R else row.max_rank == 0)
+            and (row.max_rank >= R if R else row.max_rank == 0) and (row.kind != "decode" or row.tile.block_m >= M)
         ]  # fmt: skip
         if serving:
             return min(serving, key=lambda row: _distance(row, M, N, K, R))
