@@ -20,11 +20,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from .dropout import dropout_mask_launch
+from .input_gradient import input_gradient_launch
 from .launch import Launch
-from .lora_linear import lora_linear_launch
-from .lora_linear_backward import input_gradient_launch, shrink_launch, token_reduce_launch
+from .linear import linear_launch
 from .merge import merge_rows_launch
 from .quantize import quantize_rows_launch
+from .shrink import shrink_launch
+from .token_reduce import token_reduce_launch
 
 # Bytes of shared memory that one block may have (CUDA C programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -118,10 +120,10 @@ def linear_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch
         s, seed = _meta(tokens, rank, dtype=dtype), _meta(1, dtype=torch.int64)
         label = f"M={tokens} {'int8' if int8 else 'dense'} r={rank} p={p}"
         for bias in (None, _meta(FEATURES, dtype=dtype)):
-            launch = lora_linear_launch(x, w, w_scale, bias, a, b, 2.0, p, seed, d_y, s, arch)
+            launch = linear_launch(x, w, w_scale, bias, a, b, s if rank else None, 2.0, p, seed, d_y, arch)
             yield f"lora_linear {label}{' bias' if bias is not None else ''}", launch
         d_s = s if rank else None
-        yield f"input_gradient {label}", input_gradient_launch(d_y, w, w_scale, d_s, a, p, seed, x, arch)
+        yield f"input_gradient {label}", input_gradient_launch(d_y, w, w_scale, d_s, a, p, seed, x, False, arch)
 
 
 def reduction_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
@@ -130,8 +132,8 @@ def reduction_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Lau
     for tokens, rank in product(TOKENS, RANKS):
         x, s = _meta(tokens, FEATURES, dtype=dtype), _meta(tokens, rank, dtype=dtype)
         b = _meta(FEATURES, rank, dtype=torch.float32)
-        yield f"shrink M={tokens} r={rank}", shrink_launch(x, b, 2.0, s, arch)
-        out = _meta(1, rank, FEATURES, dtype=torch.float32)
+        yield f"shrink M={tokens} r={rank}", shrink_launch(x, b.T, 0.0, None, 2.0, s, arch)
+        out = _meta(rank, FEATURES, dtype=torch.float32)
         for p in (0.0, 0.1):
             yield f"token_reduce M={tokens} r={rank} p={p}", token_reduce_launch(s, x, 2.0, p, seed, out, arch)
 

@@ -66,3 +66,43 @@ def keep_mask(key_1, key_2, offs_m, offs_k, words_per_row, threshold):
     words = offs_m * words_per_row + (offs_k >> 1)
     lanes = (_mix(words, key_1, key_2) >> ((offs_k & 1) * 16)) & _LANE_MASK
     return lanes >= threshold
+
+
+@triton.jit
+def load_tile(
+    ref, stride_row, stride_column,  # [rows, columns]: a pointer, or a tensor descriptor where TMA
+    row, column, rows, columns,
+    BLOCK_ROW: tl.constexpr, BLOCK_COLUMN: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The tile whose first element is (row, column), zero outside the matrix."""
+    if TMA:
+        return ref.load([row, column])
+    offs_row = row + tl.arange(0, BLOCK_ROW)[:, None]
+    offs_column = column + tl.arange(0, BLOCK_COLUMN)[None, :]
+    tile = ref + offs_row.to(tl.int64) * stride_row + offs_column.to(tl.int64) * stride_column
+    return tl.load(tile, (offs_row < rows) & (offs_column < columns), other=0)
+
+
+@triton.jit
+def store_tile(
+    ref, stride_row, stride_column,  # [rows, columns]: a pointer, or a tensor descriptor where TMA
+    row, column, rows, columns, tile,
+    BLOCK_ROW: tl.constexpr, BLOCK_COLUMN: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Writes what of `tile` lies inside the matrix."""
+    if TMA:
+        ref.store([row, column], tile)
+    else:
+        offs_row = row + tl.arange(0, BLOCK_ROW)[:, None]
+        offs_column = column + tl.arange(0, BLOCK_COLUMN)[None, :]
+        place = ref + offs_row.to(tl.int64) * stride_row + offs_column.to(tl.int64) * stride_column
+        tl.store(place, tile, (offs_row < rows) & (offs_column < columns))
+
+
+@triton.jit
+def tile_place(tile, num_m, num_n, GROUP: tl.constexpr):
+    """(pid_m, pid_n) of a tile: GROUP tiles of tokens share the tiles of the weight that pass through the cache."""
+    per_group = GROUP * num_n
+    first_m = (tile // per_group) * GROUP
+    size_m = tl.minimum(num_m - first_m, GROUP)
+    return first_m + (tile % per_group) % size_m, (tile % per_group) // size_m

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -53,3 +54,9 @@ def check_rank(rank: int, limit: int) -> None:
 def next_block(size: int, smallest: int = 16) -> int:
     """The power of two, at least `smallest`, that holds `size`."""
     return max(smallest, triton.next_power_of_2(size))
+
+
+def operand(name: str, tensor: Tensor | None, axes: str) -> dict[str, Any]:
+    """The kernel arguments of one 2-D tensor: its pointer and its strides, 0 where there is no tensor."""
+    strides = (0, 0) if tensor is None else tensor.stride()
+    return {f"{name}_ptr": tensor, f"stride_{name}{axes[0]}": strides[0], f"stride_{name}{axes[1]}": strides[1]}

@@ -6,28 +6,57 @@ architecture, which `make kernels` checks. An unknown architecture gets the smal
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+import torch
+import triton
+
 MAX_RANK = 256
+MAX_BLOCK_R = 64  # a longer rank is summed in steps of this
 LARGE_SHARED_MEMORY = {80, 90, 100}  # at least 160 KB per block; the others have 99 KB
+MULTIPROCESSORS = 132  # of an H100 or H200; assumed where no GPU can be asked
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes and compiler options. `block_c` is the axis that a kernel loops over or reduces."""
+    """Block sizes and compiler options.
+
+    Args:
+        block_m, block_n, block_c: tokens, output features, and the axis that the kernel sums over.
+        num_warps, num_stages: as Triton means them.
+        tma: loads whole tiles through tensor descriptors where the strides allow it, else through pointers.
+        persistent: one program per multiprocessor walks over the tiles.
+        splits: programs that share the sum of one tile.
+    """
 
     block_m: int
     block_n: int
     block_c: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+    persistent: bool = False
+    splits: int = 1
+
+
+def programs(tile: Tile, tiles: int, device: torch.device) -> tuple[int, ...]:
+    """The grid of a kernel that walks over `tiles`."""
+    return (min(tiles, multiprocessors(device)) if tile.persistent else tiles,)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _fitted(tile: Tile, arch: int | None, itemsize: int) -> Tile:
     """Half the depth for float32 operands, two stages where shared memory is small."""
     block_c = max(16, tile.block_c * 2 // max(itemsize, 2))
     stages = tile.num_stages if arch in LARGE_SHARED_MEMORY else min(tile.num_stages, 2)
-    return Tile(tile.block_m, tile.block_n, block_c, tile.num_warps, stages)
+    return Tile(tile.block_m, tile.block_n, block_c, tile.num_warps, stages, splits=tile.splits)
 
 
 def linear_tile(arch: int | None, itemsize: int, tokens: int, block_r: int) -> Tile:
@@ -48,10 +77,12 @@ def linear_tile(arch: int | None, itemsize: int, tokens: int, block_r: int) -> T
     return _fitted(tile, arch, itemsize)
 
 
-def shrink_tile(arch: int | None, itemsize: int, tokens: int, block_r: int) -> Tile:
-    """For `[M, C] @ [C, R]`: block_m tokens, block_c contracted."""
-    tile = Tile(16 if tokens <= 16 or block_r >= 256 else 32, 0, 32 if block_r >= 128 else 64, 4, 2)
-    return _fitted(tile, arch, itemsize)
+def shrink_tile(arch: int | None, itemsize: int, tokens: int, features: int, block_r: int) -> Tile:
+    """For `[M, C] @ [C, R]`: block_m tokens, block_c contracted, split until every multiprocessor has a program."""
+    block_m = 16 if tokens <= 16 or block_r >= 256 else 32
+    splits = min(MULTIPROCESSORS // triton.cdiv(max(tokens, 1), block_m), features // 512, 16)
+    splits = 1 << max(0, splits.bit_length() - 1)
+    return _fitted(Tile(block_m, 0, 32 if block_r >= 128 else 64, 4, 2, splits=splits), arch, itemsize)
 
 
 def token_reduce_tile(arch: int | None, itemsize: int, block_r: int) -> Tile:

@@ -1,0 +1,23 @@
+"""Tensor descriptors, through which Hopper and later GPUs copy whole tiles (the Tensor Memory Accelerator, TMA)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_ALIGNMENT = 16  # bytes: of the first element, of a row's length, of the innermost extent of a tile
+
+
+def matrix(tensor: Tensor, block_row: int, block_column: int) -> TensorDescriptor | None:
+    """Describes a row-major matrix in tiles; None where the hardware's rules do not allow it.
+
+    The rules (CUDA driver API, cuTensorMapEncodeTiled): unit stride in a row, rows and base aligned to 16 bytes,
+    nothing empty, at most 256 elements a side.
+    """
+    size = tensor.element_size()
+    strides_fit = tensor.stride(1) == 1 and tensor.stride(0) > 0 and tensor.stride(0) * size % _ALIGNMENT == 0
+    aligned = tensor.data_ptr() % _ALIGNMENT == 0
+    blocks_fit = block_column * size >= _ALIGNMENT and max(block_row, block_column) <= 256
+    if not (strides_fit and aligned and blocks_fit) or tensor.numel() == 0:
+        return None
+    return TensorDescriptor.from_tensor(tensor, [block_row, block_column])
