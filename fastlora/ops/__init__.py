@@ -2,6 +2,7 @@
 
 from .dispatch import describe, implementation, is_slow, using
 from .float32 import linear_float32
+from .group import lora_linear_group
 from .linear import lora_linear
 from .weights import dropout_mask, merge_rows, quantize_rows
 
@@ -12,6 +13,7 @@ __all__ = [
     "is_slow",
     "linear_float32",
     "lora_linear",
+    "lora_linear_group",
     "merge_rows",
     "quantize_rows",
     "using",

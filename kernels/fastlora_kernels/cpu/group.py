@@ -51,11 +51,10 @@ def lora_linear_group_backward(
         x = as_dtype(x, wide)
     d_x, d_as, d_bs = None, [], []
     for i, d_y in enumerate(d_ys):
-        if d_y is None:
-            d_a, d_b = a_s[i].new_empty(0), b_s[i].new_empty(0)
-        else:
+        d_a, d_b = None, None
+        if d_y is not None:
             inputs = ss[i], ws[i], w_scales[i], a_s[i], b_s[i], scales[i], ps[i], seeds[i]
             d_x, d_a, d_b = gradients(as_dtype(d_y, wide), d_x, x, *inputs, needs_x, needs_a[i], needs_b[i])
-        d_as.append(d_a)
-        d_bs.append(d_b)
+        d_as.append(a_s[i].new_empty(0) if d_a is None else d_a)
+        d_bs.append(b_s[i].new_empty(0) if d_b is None else d_b)
     return ws[0].new_empty(0, dtype=narrow) if d_x is None else as_dtype(d_x, narrow), d_as, d_bs

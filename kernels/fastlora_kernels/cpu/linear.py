@@ -101,7 +101,8 @@ def lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = x, s, w, w_scale, a, b, scale, p, seed, needs_x, needs_a, needs_b
     d_x, d_a, d_b = gradients(as_dtype(d_y, product_dtype(d_y.dtype)), None, *inputs)
-    return (d_y.new_empty(0) if d_x is None else as_dtype(d_x, d_y.dtype)), d_a, d_b
+    d_x, d_a, d_b = (d_y.new_empty(0) if gradient is None else gradient for gradient in (d_x, d_a, d_b))
+    return as_dtype(d_x, d_y.dtype), d_a, d_b
 
 
 def gradients(
@@ -119,10 +120,12 @@ def gradients(
     needs_x: bool,
     needs_a: bool,
     needs_b: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """`lora_linear_backward` for a d_y in the dtype of products, which d_x gets too; one that is given is added to."""
-    wide = d_y.dtype
-    d_a, d_b = d_y.new_empty(0), d_y.new_empty(0)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`lora_linear_backward` for a d_y in the dtype of products, which d_x gets too; one that is given is added to.
+
+    None for what is not needed.
+    """
+    wide, d_a, d_b = d_y.dtype, None, None
     if needs_x:
         scaled = d_y if w_scale is None else (d_y * w_scale).to(wide)
         d_x = scaled @ _cast(w, wide) if d_x is None else d_x.addmm_(scaled, _cast(w, wide))

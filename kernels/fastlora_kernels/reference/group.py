@@ -65,16 +65,15 @@ def lora_linear_group_backward(
         d_x in the dtype of d_y, d_a and d_b per layer in those of a and b; an empty tensor for one that is not needed
         or belongs to a layer without d_y.
     """
-    d_x, d_as, d_bs = None, [], []
+    d_x = None
+    d_as, d_bs = [a.new_empty(0) for a in a_s], [b.new_empty(0) for b in b_s]
     for i, d_y in enumerate(d_ys):
         if d_y is None:
-            d_as.append(a_s[i].new_empty(0))
-            d_bs.append(b_s[i].new_empty(0))
             continue
         layer = ws[i], w_scales[i], a_s[i], b_s[i], scales[i], ps[i], seeds[i]
         part, d_a, d_b = lora_linear_backward(d_y, x, ss[i], *layer, needs_x, needs_a[i], needs_b[i])
         d_x = part if d_x is None else d_x + part
-        d_as.append(d_a)
-        d_bs.append(d_b)
+        d_as[i] = d_a if needs_a[i] else d_as[i]
+        d_bs[i] = d_b if needs_b[i] else d_bs[i]
     assert d_x is not None, "no layer has a gradient"
     return d_x, d_as, d_bs
