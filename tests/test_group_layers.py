@@ -139,9 +139,8 @@ def test_adapters_come_and_go(made, one_by_one):
     config = fastlora.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
     fill(fastlora.patch(model, config=config, adapter="second")).eval()
 
-    @torch.no_grad()
     def logits():
-        return model(**make_batch()).logits
+        return model(**make_batch()).logits.detach()
 
     def check():
         del made[:]
@@ -210,8 +209,7 @@ def test_a_checkpoint_does_again_what_it_did(made):
     model, x = attention(in_order, p=0.0), torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
     y = checkpoint(model, x, use_reentrant=False)
     model[0].calls = cross
-    with torch.no_grad():
-        model(x)
+    model(x)
     assert not next(iter(groups_of(model))).kind.shares
     model[0].calls = in_order
     y.sum().backward()
@@ -224,7 +222,7 @@ def changed_between(parent, x):
     return y + parent.k_proj(x) * 2 + parent.v_proj(x) * 3
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_input_changed_between_calls(mode, one_by_one):
     model, x = attention(changed_between, p=0.0), torch.randn(5, 12, dtype=torch.float64)
     with mode():
@@ -241,6 +239,14 @@ def test_an_error_leaves_nothing():
         model(torch.randn(5, 12, dtype=torch.float64))
     assert_nothing_left(model)
     assert next(iter(groups_of(model))).kind.shares
+
+
+def test_outside_of_the_parent_each_computes_by_itself(made):
+    model, x = attention(in_order), torch.randn(5, 12, dtype=torch.float64)
+    model[0].q_proj(x)
+    model[0].forward(x)
+    assert made == [1] * 4
+    assert_nothing_left(model)
 
 
 def test_hook_that_replaces_an_input(one_by_one):
@@ -276,13 +282,10 @@ def test_autocast(one_by_one):
 def test_threads_do_not_meet():
     model = attention(in_order, p=0.0)
     batches = [torch.randn(5, 12, dtype=torch.float64) for _ in range(4)]
-    with torch.no_grad():
-        expected = [model(x) for x in batches]
-    wrong = []
+    expected, wrong = [model(x) for x in batches], []
 
     def work(i):
-        with torch.no_grad():
-            wrong.extend(i for _ in range(50) if not torch.equal(model(batches[i]), expected[i]))
+        wrong.extend(i for _ in range(50) if not torch.equal(model(batches[i]), expected[i]))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:

@@ -40,7 +40,8 @@ def _form(parent: nn.Module, members: list[Any], kind: Kind) -> None:
     for member in members:
         _leave(member)
     group = Group(kind)
-    group.hook = parent.register_forward_hook(group.close, always_call=True)
+    opens, closes = group.open, group.close
+    group.hooks = [parent.register_forward_pre_hook(opens), parent.register_forward_hook(closes, always_call=True)]
     for place, member in enumerate(members):
         member.seat = Seat(group, place, [] if place else members[1:])
 
@@ -54,4 +55,5 @@ def dissolve_groups(model: nn.Module) -> None:
 def _leave(module: nn.Module) -> None:
     seat = module.__dict__.pop("seat", None)
     if seat is not None:
-        seat.group.hook.remove()
+        for hook in seat.group.hooks:
+            hook.remove()

@@ -4,8 +4,8 @@ A parent calls `q_proj(x)`, `k_proj(x)`, `v_proj(x)`. The first of them computes
 others hand theirs out when they are called, in this order, with the very same tensor in the same state. Any call that
 does not fit is computed by itself, as without a group, and the group computes nothing ahead any more.
 
-What was computed ahead lives no longer than the parent's forward, at whose end a hook drops what nobody asked for, also
-after an error. It is kept by thread, since the threads of a `DataParallel` or of a server share modules.
+That happens within the parent's forward alone, which two hooks tell of; at its end the second drops what nobody asked
+for, also after an error. It is kept by thread, since the threads of a `DataParallel` or of a server share modules.
 
 A checkpoint's recomputation has to save what its forward saved, tensor by tensor. So where hooks on saved tensors are
 installed, which is how a checkpoint works, a group does for good what it did there at first. In code that is compiled
@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from .. import ops
 from .branch import draw_seed
 
+FEW_TOKENS = 64  # up to here a GPU reads x in each layer's one launch
 _PLAIN = {Tensor, nn.Parameter}
 
 
@@ -59,14 +60,14 @@ class Group:
     Attributes:
         kind: what is known of all groups like this one.
         checkpointed: what the group does under hooks on saved tensors; None until the first time.
-        ahead: what was computed ahead, by thread.
-        hook: `close` on the parent.
+        ahead: by thread that runs the parent's forward, what was computed ahead, if anything.
+        hooks: `open` and `close` on the parent.
     """
 
     kind: Kind
     checkpointed: bool | None = None
-    ahead: dict[int, Ahead] = field(default_factory=dict)
-    hook: RemovableHandle | None = None
+    ahead: dict[int, Ahead | None] = field(default_factory=dict)
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
     def may_compute(self) -> bool:
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
@@ -75,8 +76,13 @@ class Group:
             self.checkpointed = self.kind.shares
         return self.checkpointed
 
+    def open(self, parent: nn.Module, inputs: Any) -> None:
+        """Notes that the parent's forward begins."""
+        if not torch.compiler.is_compiling():
+            self.ahead[threading.get_ident()] = None
+
     def close(self, parent: nn.Module, inputs: Any, output: Any) -> None:
-        """Drops what nobody asked for, as a hook on the parent's forward; after an error it gets no output."""
+        """Drops what nobody asked for; after an error there is no output."""
         if torch.compiler.is_compiling():
             return
         if self.ahead.pop(threading.get_ident(), None) is not None and output is not None:
@@ -103,18 +109,19 @@ class Seat:
         if torch.compiler.is_compiling():
             return None
         group, thread = self.group, threading.get_ident()
-        ahead = group.ahead.get(thread)
+        if thread not in group.ahead:
+            return None
+        ahead = group.ahead[thread]
         if ahead is None:
-            return self._compute(thread, member, x) if self.place == 0 and group.may_compute() else None
+            return self._compute(thread, member, x) if self.place == 0 and _pays(x) and group.may_compute() else None
         if self.place not in ahead.operands and not member.running_adapters():
             return None  # it has no part in this, and draws no seed
         if self.place != next(iter(ahead.outputs)) or not _fits(ahead, self.place, member, x):
-            group.kind.shares = False
-            del group.ahead[thread]
+            group.kind.shares, group.ahead[thread] = False, None
             return None
         y = ahead.outputs.pop(self.place)
         if not ahead.outputs:
-            del group.ahead[thread]
+            group.ahead[thread] = None
         return y
 
     def _compute(self, thread: int, first: Any, x: Tensor) -> Tensor | None:
@@ -137,6 +144,11 @@ class Seat:
         y, *others = outputs
         self.group.ahead[thread] = Ahead(x, _state(x), operands, dict(zip(list(operands)[1:], others, strict=True)))
         return y
+
+
+def _pays(x: Tensor) -> bool:
+    """Whether one op is faster: its backward is; a forward alone only where one read of x for all is to be saved."""
+    return torch.is_grad_enabled() or (x.is_cuda and x.numel() > FEW_TOKENS * x.shape[-1])
 
 
 def _state(x: Tensor) -> tuple:

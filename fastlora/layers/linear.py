@@ -114,20 +114,34 @@ class LinearLayer(FrozenLinear):
 
     def _mixed(self, x: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
         """Each row of the batch with its own adapter."""
-        y = self._frozen(x, bias)
-        probability = {name: self.lora_dropout[name] if self.training else 0.0 for name in mix.adapters}
+        if not mix.adapters:
+            return self._frozen(x, bias)
+        y, probability = None, {name: self.lora_dropout[name] if self.training else 0.0 for name in mix.adapters}
         for p in sorted(set(probability.values())):
             names = [name for name in mix.adapters if probability[name] == p]
             lookup = [names.index(name) if name in names else -1 for name in (*mix.adapters, None)]
             rows = mix.rows if len(names) == len(mix.adapters) else mix.rows.new_tensor(lookup)[mix.rows]
-            a = stacked([self.lora_A[name] for name in names], rank_axis=0)
-            b = stacked([self.scaling[name] * self.lora_B[name] for name in names], rank_axis=1)
-            y = add_low_rank(y, dropout(x, p), rows, a, b)
+            y = self._rows_with(names, x, bias, rows, p) if y is None else self._rows_added(y, names, x, rows, p)
         if self._has_bias(mix.adapters):
             zero = y.new_zeros(y.shape[-1])
             biases = [self._bias_of((name,)) if name in self.lora_B_bias else zero for name in mix.adapters]
             y = add_rows(y, mix.rows, torch.stack([zero, *biases]))
         return y
+
+    def _rows_with(self, names: list[str], x: Tensor, bias: Tensor | None, rows: Tensor, p: float) -> Tensor:
+        """The layer's output, with adapters of one dropout probability at their rows."""
+        a, b = torch.cat([self.lora_A[name] for name in names]), torch.cat([self.lora_B[name] for name in names], dim=1)
+        ranks, scales = [self.lora_A[name].shape[0] for name in names], [float(self.scaling[name]) for name in names]
+        seed = draw_seed(x) if p > 0 else None
+        return ops.lora_linear_mixed(
+            x, self.frozen_weight, self.weight_scale, bias, a, b, ranks, scales, rows, p, seed
+        )  # fmt: skip
+
+    def _rows_added(self, y: Tensor, names: list[str], x: Tensor, rows: Tensor, p: float) -> Tensor:
+        """The same for those of another probability, on top of it."""
+        a = stacked([self.lora_A[name] for name in names], rank_axis=0)
+        b = stacked([self.scaling[name] * self.lora_B[name] for name in names], rank_axis=1)
+        return add_low_rank(y, dropout(x, p), rows, a, b)
 
     def _added(self, x: Tensor, adapter: str) -> Tensor:
         """What one adapter adds to the frozen layer's output."""

@@ -4,6 +4,7 @@ from .dispatch import describe, implementation, is_slow, using
 from .float32 import linear_float32
 from .group import lora_linear_group
 from .linear import lora_linear
+from .mixed import lora_linear_mixed
 from .weights import dropout_mask, merge_rows, quantize_rows
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "linear_float32",
     "lora_linear",
     "lora_linear_group",
+    "lora_linear_mixed",
     "merge_rows",
     "quantize_rows",
     "using",

@@ -112,11 +112,18 @@ def _gradients(backward: Callable, ctx: Any, d_ys: Sequence[Tensor | None]) -> t
 def _setup(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[Tensor]]) -> None:
     x, ws, w_scales, biases, a_s, b_s, scales, ps, seeds = inputs
     _save(ctx, x, (ws, w_scales, biases, a_s, b_s, seeds), scales, ps, output[1])
+    ctx.no_gradients = [_no_gradients(tensors) for tensors in (ws, w_scales, biases, seeds)]
+
+
+def _no_gradients(tensors: Sequence[Tensor | None]) -> list[None] | None:
+    """What stands for the gradients of a list: torch takes one with a None in it for a single value."""
+    return None if any(tensor is None for tensor in tensors) else [None] * len(tensors)
 
 
 def _differentiate(ctx: Any, d_ys: Sequence[Tensor | None], _d_ss: Any) -> tuple[Any, ...]:
     d_x, d_as, d_bs = _gradients(_backward, ctx, d_ys)
-    return d_x, [None] * len(d_ys), None, None, d_as, d_bs, None, None, None
+    ws, w_scales, biases, seeds = ctx.no_gradients
+    return d_x, ws, w_scales, biases, d_as, d_bs, None, None, seeds
 
 
 torch.library.register_autograd("fastlora::lora_linear_group", _differentiate, setup_context=_setup)

@@ -52,7 +52,7 @@ def layer(
 ) -> tuple[Tensor, Tensor]:
     """`lora_linear` where `wide` is x in the dtype of products."""
     dtype = x.dtype
-    y = _frozen(x, wide, w, w_scale, bias)
+    y = frozen(x, wide, w, w_scale, bias)
     if a is None or b is None:
         return as_dtype(y, dtype), x.new_empty(x.shape[0], 0)
     if x.shape[0] <= FEW_TOKENS:
@@ -65,7 +65,7 @@ def layer(
     return as_dtype(y, dtype), as_dtype(s, dtype)
 
 
-def _frozen(x: Tensor, wide: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def frozen(x: Tensor, wide: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """`x W^T + bias` in any dtype; `wide` is x in the dtype of products."""
     if w_scale is None:
         if x.shape[0] == 1 and x.dtype == w.dtype == torch.bfloat16:

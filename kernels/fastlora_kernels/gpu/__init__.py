@@ -5,6 +5,7 @@ from .group import lora_linear_group, lora_linear_group_backward
 from .lora_linear import lora_linear
 from .lora_linear_backward import lora_linear_backward
 from .merge import merge_rows
+from .mixed import lora_linear_mixed, lora_linear_mixed_backward
 from .quantize import quantize_rows
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "lora_linear_backward",
     "lora_linear_group",
     "lora_linear_group_backward",
+    "lora_linear_mixed",
+    "lora_linear_mixed_backward",
     "merge_rows",
     "quantize_rows",
 ]

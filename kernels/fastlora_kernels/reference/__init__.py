@@ -21,6 +21,7 @@ from .linear import (
     merge_rows,
     quantize_rows,
 )
+from .mixed import lora_linear_mixed, lora_linear_mixed_backward
 
 __all__ = [
     "FLOAT16_MAX",
@@ -38,6 +39,8 @@ __all__ = [
     "lora_linear_backward",
     "lora_linear_group",
     "lora_linear_group_backward",
+    "lora_linear_mixed",
+    "lora_linear_mixed_backward",
     "merge_rows",
     "quantize_rows",
 ]
