@@ -50,6 +50,15 @@ class Row:
             return f"spills {self.spilled} bytes"
         if self.shared > aot.SHARED_LIMIT[self.arch]:
             return f"takes {self.shared} bytes of shared memory, {aot.SHARED_LIMIT[self.arch]} are there"
+        return self._unplanned() if self.arch == 90 and self.kernel in aot.WEIGHT_KERNELS else ""
+
+    def _unplanned(self) -> str:
+        """Where the compiler did not do on Hopper what the kernel that multiplies with the weight is written for."""
+        words = self.variant.split()
+        if "int8" in words and self.matrix != "wgmma, left in registers":
+            return f"int8 weights go through shared memory: {self.matrix}"
+        if "tma" in words and self.loads != "TMA":
+            return f"planned with TMA, loads with {self.loads}"
         return ""
 
 

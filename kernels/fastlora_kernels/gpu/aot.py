@@ -18,21 +18,23 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .candidates import candidates
+from .cost import meta_launches
 from .dropout import dropout_mask_launch
-from .input_gradient import input_gradient_launch
 from .launch import Launch
-from .linear import linear_launch
 from .merge import merge_rows_launch
+from .plan import Plan, choose_plan
 from .quantize import quantize_rows_launch
-from .shrink import shrink_launch
-from .token_reduce import token_reduce_launch
 
 # Bytes of shared memory that one block may have (CUDA C programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+WEIGHT_KERNELS = {"linear", "decode", "input_gradient"}
 FEATURES = 4096
-TOKENS = (1, 64, 8192)
-RANKS = (16, 32, 64, 128, 256)
+TOKENS = (1, 64, 512, 8192)
+# Rank and dropout: the frozen layer alone, every padded rank that has tiles of its own, dropout off and on.
+ADAPTERS = ((0, 0.0), (16, 0.0), (16, 0.1), (64, 0.0), (256, 0.1))
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _matrix_instruction(ptx: str) -> str:
-    if wgmma := re.search(r"wgmma\.mma_async\S*\s*\{[^}]*\},\s*(\{?)", ptx):
-        return "wgmma, left in registers" if wgmma.group(1) else "wgmma"
+    if lefts := re.findall(r"wgmma\.mma_async\S*\s*\{[^}]*\},\s*(\{?)", ptx):
+        return "wgmma, left in registers" if all(lefts) else "wgmma"
     if "tcgen05.mma" in ptx:
         return "tcgen05"
     if sync := re.search(r"mma\.sync\S*?\.(f64|f32|s32)\.", ptx):
@@ -108,34 +110,31 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def linear_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    """Every variant of the forward and the input gradient that the launchers choose between."""
-    for tokens, int8, rank, p in product(TOKENS, (False, True), (0, *RANKS), (0.0, 0.1)):
-        if rank == 0 and p > 0:
-            continue
-        x, d_y = _meta(tokens, FEATURES, dtype=dtype), _meta(tokens, FEATURES, dtype=dtype)
-        w = _meta(FEATURES, FEATURES, dtype=torch.int8 if int8 else dtype)
-        w_scale = _meta(FEATURES, dtype=torch.float32) if int8 else None
-        a = _meta(rank, FEATURES, dtype=torch.float32) if rank else None
-        b = _meta(FEATURES, rank, dtype=torch.float32) if rank else None
-        s, seed = _meta(tokens, rank, dtype=dtype), _meta(1, dtype=torch.int64)
-        label = f"M={tokens} {'int8' if int8 else 'dense'} r={rank} p={p}"
-        for bias in (None, _meta(FEATURES, dtype=dtype)):
-            launch = linear_launch(x, w, w_scale, bias, a, b, s if rank else None, 2.0, p, seed, d_y, arch)
-            yield f"lora_linear {label}{' bias' if bias is not None else ''}", launch
-        d_s = s if rank else None
-        yield f"input_gradient {label}", input_gradient_launch(d_y, w, w_scale, d_s, a, p, seed, x, False, arch)
+    """What the chosen plans launch over the sizes, and on Hopper what the candidates for tuning would."""
+    for op, tokens, int8, (rank, p) in product(("forward", "backward"), TOKENS, (False, True), ADAPTERS):
+        size = tokens, FEATURES, FEATURES, rank, int8, p, op
+        plans = [choose_plan(arch, dtype, *size)]
+        if arch == 90 and dtype == torch.bfloat16 and rank in (16, 64):
+            plans += candidates(arch, dtype, *size)
+        for plan in dict.fromkeys(plans):
+            yield from _named(plan, arch, dtype, tokens, rank, int8, p, op)
 
 
-def reduction_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    """Every variant of the two kernels that contract over features or over tokens."""
-    seed = _meta(1, dtype=torch.int64)
-    for tokens, rank in product(TOKENS, RANKS):
-        x, s = _meta(tokens, FEATURES, dtype=dtype), _meta(tokens, rank, dtype=dtype)
-        b = _meta(FEATURES, rank, dtype=torch.float32)
-        yield f"shrink M={tokens} r={rank}", shrink_launch(x, b.T, 0.0, None, 2.0, s, arch)
-        out = _meta(rank, FEATURES, dtype=torch.float32)
-        for p in (0.0, 0.1):
-            yield f"token_reduce M={tokens} r={rank} p={p}", token_reduce_launch(s, x, 2.0, p, seed, out, arch)
+def _named(
+    plan: Plan, arch: int, dtype: torch.dtype, tokens: int, rank: int, int8: bool, p: float, op: str
+) -> Iterator[tuple[str, Launch]]:
+    """The launches of one plan, each with the kernel's name and what it works on."""
+    launches = meta_launches(plan, arch, dtype, tokens, FEATURES, FEATURES, rank, int8, p, op, bias=p > 0)
+    for launch in launches:
+        kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+        weight = launch.arguments.get("w_scale_ptr")
+        of = "" if "w_scale_ptr" not in launch.arguments else "dense " if weight is None else "int8 "
+        yield f"{kernel} {of}{op} {plan.kind} M={tokens} r={rank} p={p} {_tile(plan)}", launch
+
+
+def _tile(plan: Plan) -> str:
+    tile, loads = plan.tile, " tma" if plan.tile.tma else ""
+    return f"{tile.block_m}x{tile.block_n}x{tile.block_c} {tile.num_warps} warps {tile.num_stages} stages{loads}"
 
 
 def weight_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
@@ -152,7 +151,26 @@ def weight_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch
 
 
 def launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    """Every variant that the launchers can launch for operands of `dtype` on sm_`arch`, by name."""
-    yield from linear_launches(arch, dtype)
-    yield from reduction_launches(arch, dtype)
-    yield from weight_launches(arch, dtype)
+    """Every variant that the plans of `dtype` launch on sm_`arch`, by name, each once."""
+    seen = set()
+    for name, launch in (*linear_launches(arch, dtype), *weight_launches(arch, dtype)):
+        if (variant := _specialisation(launch)) not in seen:
+            seen.add(variant)
+            yield name, launch
+
+
+def _specialisation(launch: Launch) -> tuple:
+    """What tells one compilation from another: Triton looks at dtypes, at 1 and at divisibility by 16."""
+    described = []
+    for name, value in launch.arguments.items():
+        if isinstance(value, Tensor):
+            described.append((name, str(value.dtype)))
+        elif isinstance(value, TensorDescriptor):
+            described.append((name, str(value.base.dtype), *value.block_shape))
+        elif isinstance(value, int) and not isinstance(value, bool) and name.islower():
+            described.append((name, value == 1, value % 16 == 0, value >= 1 << 31))
+        elif name in ("M", "N", "K", "R", "C"):
+            described.append((name, value == 1, value % 16 == 0))
+        else:
+            described.append((name, isinstance(value, float) or value))
+    return launch.kernel.__name__, *described

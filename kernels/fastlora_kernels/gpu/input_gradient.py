@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import drop_threshold
-from .descriptors import matrix
+from .descriptors import described
 from .jit import convert, dot, dropout_keys, keep_mask, load_tile, store_tile, tile_place
 from .launch import Launch, device_arch, next_block, operand
 from .tiles import MAX_BLOCK_R, Tile, linear_tile, programs
@@ -27,19 +27,19 @@ def _input_gradient_kernel(
     d_x_ptr, stride_d_xm, stride_d_xk,  # [M, K]
     seed_ptr,  # [1] int64 or None
     inverse_keep, threshold, M, N, K, R,
-    ACCUMULATE: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr, GROUP: tl.constexpr,
+    RANK_SPAN: tl.constexpr, ACCUMULATE: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     dtype = d_x_ptr.dtype.element_ty
     num_m, num_k = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K)
     if seed_ptr is not None:
         key_1, key_2 = dropout_keys(seed_ptr)
-    for tile in tl.range(tl.program_id(0), num_m * num_k, tl.num_programs(0), flatten=PERSISTENT):
+    for tile in tl.range(tl.program_id(0), num_m * num_k, tl.num_programs(0), flatten=FLATTEN):
         pid_m, pid_k = tile_place(tile, num_m, num_k, GROUP)
         first_m, first_k = pid_m * BLOCK_M, pid_k * BLOCK_K
         acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
         if a_ptr is not None:
-            for r in range(0, R, BLOCK_R):
+            for r in tl.range(0, RANK_SPAN, BLOCK_R, num_stages=1):  # no registers for loads ahead
                 d_s = load_tile(d_s_ptr, stride_d_sm, stride_d_sr, first_m, r, M, R, BLOCK_M, BLOCK_R, False)
                 a = load_tile(a_ptr, stride_ar, stride_ak, r, first_k, R, K, BLOCK_R, BLOCK_K, False)
                 acc = dot(tl.trans(convert(a, dtype)), tl.trans(d_s), acc)
@@ -70,26 +70,26 @@ def input_gradient_launch(
     (M, N), K, R = d_y.shape, w.shape[1], 0 if a is None else a.shape[0]
     block_r = min(next_block(R), MAX_BLOCK_R)
     tile = tile or linear_tile(arch, d_y.element_size(), M, block_r)
-    d_y_ref = matrix(d_y, tile.block_m, tile.block_c) if tile.tma else None
-    w_ref = matrix(w, tile.block_c, tile.block_n) if tile.tma else None
-    tma = d_y_ref is not None and w_ref is not None
+    d_y_ref, w_ref, tma = described(tile, arch, d_y, (tile.block_m, tile.block_c), w, (tile.block_c, tile.block_n))
     arguments = dict(
-        **operand("d_y", d_y, "mn"), **operand("w", w, "nk"), w_scale_ptr=w_scale,
+        d_y_ref=d_y_ref, stride_d_ym=d_y.stride(0), stride_d_yn=d_y.stride(1),
+        w_ref=w_ref, stride_wn=w.stride(0), stride_wk=w.stride(1), w_scale_ptr=w_scale,
         **operand("d_s", d_s, "mr"), **operand("a", a, "rk"), **operand("d_x", d_x, "mk"),
         seed_ptr=seed if p > 0 else None, inverse_keep=1.0 / (1.0 - p), threshold=drop_threshold(p),
-        M=M, N=N, K=K, R=R, ACCUMULATE=accumulate, TMA=tma, PERSISTENT=tile.persistent, GROUP=8,
+        M=M, N=N, K=K, R=R,
+        RANK_SPAN=triton.cdiv(R, block_r) * block_r, ACCUMULATE=accumulate,
+        TMA=tma, FLATTEN=tile.persistent and a is None, GROUP=8,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_c, BLOCK_K=tile.block_n, BLOCK_R=block_r,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    d_y_pointer, w_pointer = arguments.pop("d_y_ptr"), arguments.pop("w_ptr")
-    arguments |= dict(d_y_ref=d_y_ref if tma else d_y_pointer, w_ref=w_ref if tma else w_pointer)
     tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(K, tile.block_n)
-    return Launch(_input_gradient_kernel, programs(tile, tiles, d_y.device), arguments)
+    return Launch(_input_gradient_kernel, programs(tile, tiles, d_y.device), arguments, flops=2 * M * K * (N + R))
 
 
 def input_gradient(
     d_y: Tensor, w: Tensor, w_scale: Tensor | None, d_s: Tensor | None, a: Tensor | None,
     p: float = 0.0, seed: Tensor | None = None, out: Tensor | None = None, accumulate: bool = False,
+    tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """`d_x = d_y W + mask / (1 - p) * (d_s A)`, added to `out` where `accumulate`.
 
@@ -101,6 +101,7 @@ def input_gradient(
         p, seed: the forward's dropout; `seed` may be None where p is 0.
         out: `[M, K]` in the dtype of d_y, any strides, written; None for a new tensor.
         accumulate: adds to what `out` holds, in float32 before the one rounding.
+        tile: None for a safe one.
 
     Returns:
         `[M, K]` in the dtype of d_y.
@@ -112,5 +113,5 @@ def input_gradient(
         raise ValueError("accumulate: expected out to add to, found None")
     d_x = torch.empty(d_y.shape[0], w.shape[1], dtype=d_y.dtype, device=d_y.device) if out is None else out
     arch = device_arch(d_y.device)
-    input_gradient_launch(d_y, w, w_scale, d_s, a, p, seed, d_x, accumulate, arch).run(d_y.device)
+    input_gradient_launch(d_y, w, w_scale, d_s, a, p, seed, d_x, accumulate, arch, tile).run(d_y.device)
     return d_x

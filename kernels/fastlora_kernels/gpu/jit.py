@@ -76,11 +76,13 @@ def load_tile(
 ):  # fmt: skip
     """The tile whose first element is (row, column), zero outside the matrix."""
     if TMA:
-        return ref.load([row, column])
-    offs_row = row + tl.arange(0, BLOCK_ROW)[:, None]
-    offs_column = column + tl.arange(0, BLOCK_COLUMN)[None, :]
-    tile = ref + offs_row.to(tl.int64) * stride_row + offs_column.to(tl.int64) * stride_column
-    return tl.load(tile, (offs_row < rows) & (offs_column < columns), other=0)
+        tile = ref.load([row, column])
+    else:
+        offs_row = row + tl.arange(0, BLOCK_ROW)[:, None]
+        offs_column = column + tl.arange(0, BLOCK_COLUMN)[None, :]
+        place = ref + offs_row.to(tl.int64) * stride_row + offs_column.to(tl.int64) * stride_column
+        tile = tl.load(place, (offs_row < rows) & (offs_column < columns), other=0)
+    return tile
 
 
 @triton.jit

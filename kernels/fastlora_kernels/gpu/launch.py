@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +22,20 @@ class Launch:
         kernel: the jit function.
         grid: number of programs per axis.
         arguments: every argument by name, constexprs and compiler options (num_warps, num_stages) included.
+        flops: multiplications and additions of its matrix products, those done more than once included.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]
+    flops: int = 0
 
     def run(self, device: torch.device) -> None:
-        """Runs on `device`; a CPU only works under Triton's interpreter."""
+        """Runs on `device`; a CPU only works under Triton's interpreter, and on the meta device it is `recorded`."""
         if 0 in self.grid:
+            return
+        if device.type == "meta":
+            _recording.get()[1].append(self)
             return
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self.kernel[self.grid](**self.arguments)
@@ -38,17 +45,37 @@ class Launch:
         return self.kernel.warmup(grid=self.grid, **self.arguments)
 
 
+_recording: ContextVar[tuple[int | None, list[Launch]]] = ContextVar("recording")
+
+
+@contextmanager
+def recorded(arch: int | None) -> Iterator[list[Launch]]:
+    """Collects what tensors on the meta device would launch on sm_`arch`."""
+    launches: list[Launch] = []
+    token = _recording.set((arch, launches))
+    try:
+        yield launches
+    finally:
+        _recording.reset(token)
+
+
 def device_arch(device: torch.device) -> int | None:
     """Compute capability as one number (90 for sm_90); None where there is no CUDA device."""
+    return _recording.get()[0] if device.type == "meta" else _cuda_arch(device)
+
+
+@functools.cache
+def _cuda_arch(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
 
 
-def check_rank(rank: int, limit: int) -> None:
-    if not 1 <= rank <= limit:
-        raise ValueError(f"rank: expected 1 to {limit}, found {rank}")
+@functools.cache
+def device_name(device: torch.device) -> str | None:
+    """The GPU's name; None where there is no CUDA device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def next_block(size: int, smallest: int = 16) -> int:

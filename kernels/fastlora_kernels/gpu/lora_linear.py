@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import check_rank, device_arch
-from .linear import linear_launch
-from .tiles import MAX_RANK
+from .checks import check_operands
+from .decode import decode_launch
+from .launch import device_arch, device_name
+from .linear import expand, linear_launch
+from .plan import Plan, choose_plan
+from .scratch import dense_copy
+from .shrink import shrink
 
 
 def lora_linear(
@@ -21,11 +25,53 @@ def lora_linear(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The contract is in `reference.lora_linear`. Rank up to 256."""
-    if a is not None:
-        check_rank(a.shape[0], MAX_RANK)
+    """The contract is in `reference.lora_linear`; computed as `choose_plan` says.
+
+    Raises:
+        ValueError, TypeError: an operand's shape, size, device or dtype is none that the kernels take, or the rank
+            is above 256.
+    """
+    check_operands(x, w, w_scale, a, b, bias=bias, seed=seed)
+    (M, K), N, R = x.shape, w.shape[0], 0 if a is None else a.shape[0]
+    arch, int8 = device_arch(x.device), w_scale is not None
+    plan = choose_plan(arch, x.dtype, M, N, K, R, int8, p, "forward", device_name(x.device))
+    return planned_forward(plan, x, w, w_scale, bias, a, b, scale, p, seed)
+
+
+def planned_forward(
+    plan: Plan, x: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, a: Tensor | None, b: Tensor | None,
+    scale: float, p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`lora_linear` by a given plan of any kind; "decode" takes up to `plan.tile.block_m` tokens."""
+    if plan.kind in ("decode", "fused"):
+        return _one_launch(plan, x, w, w_scale, bias, a, b, scale, p, seed)
+    s = x.new_empty(x.shape[0], 0) if a is None else shrink(x, a, p, seed)
+    given = None if a is None else s
+    dense = dense_copy(w, w_scale, x.dtype) if plan.kind in ("scratch", "cublas") else None
+    if dense is None:
+        return expand(x, w, w_scale, bias, given, b, scale, tile=plan.tile), s
+    if plan.kind == "scratch":
+        return expand(x, dense, None, bias, given, b, scale, tile=plan.tile), s
+    return _seeded(x, dense, bias, given, b, scale), s
+
+
+def _one_launch(
+    plan: Plan, x: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, a: Tensor | None, b: Tensor | None,
+    scale: float, p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     y = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
     s = torch.empty(x.shape[0], 0 if a is None else a.shape[0], dtype=x.dtype, device=x.device)
-    given = None if a is None else s
-    linear_launch(x, w, w_scale, bias, a, b, given, scale, p, seed, y, device_arch(x.device)).run(x.device)
+    launch = decode_launch if plan.kind == "decode" else linear_launch
+    written, arch = None if a is None else s, device_arch(x.device)
+    launch(x, w, w_scale, bias, a, b, written, scale, p, seed, y, arch, plan.tile).run(x.device)
     return y, s
+
+
+def _seeded(x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+    """The low-rank part and the bias first, onto which PyTorch's own product is added."""
+    if s is None and bias is None:
+        return x @ w.T
+    if s is None:
+        return torch.addmm(bias.to(x.dtype), x, w.T)
+    y = expand(x[:, :0], w[:, :0], None, bias, s, b, scale)
+    return y.addmm_(x, w.T)

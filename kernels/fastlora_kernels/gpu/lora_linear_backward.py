@@ -1,7 +1,7 @@
 """Gradients of `lora_linear` for x, a and b; the specification is `reference.lora_linear_backward`.
 
-d_s = scale * d_y @ B                                  shrink
-d_a = d_s.T @ dropout(x),  d_b = scale * d_y.T @ s     token reduce
+d_s = scale * d_y @ B,  d_b = scale * d_y.T @ s        output reduce, one read of d_y
+d_a = d_s.T @ dropout(x)                               token reduce, one read of x
 d_x = d_y @ W + mask / (1 - p) * (d_s @ A)             input gradient
 """
 
@@ -10,10 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_operands
 from .input_gradient import input_gradient
-from .launch import check_rank
-from .shrink import shrink
-from .tiles import MAX_RANK
+from .launch import device_arch, device_name
+from .output_reduce import output_reduce
+from .plan import Plan, choose_plan
+from .scratch import dense_copy
 from .token_reduce import token_reduce
 
 
@@ -32,18 +34,48 @@ def lora_linear_backward(
     needs_a: bool,
     needs_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The contract is in `reference.lora_linear_backward`. Rank up to 256; the same inputs give the same bits."""
+    """The contract is in `reference.lora_linear_backward`; the same inputs give the same bits.
+
+    Raises:
+        ValueError, TypeError: an operand's shape, size, device or dtype is none that the kernels take, or the rank
+            is above 256.
+    """
+    check_operands(x, w, w_scale, a, b, d_y=d_y, s=s, seed=seed)
+    (M, N), K, R = d_y.shape, w.shape[1], 0 if a is None else a.shape[0]
+    arch, int8 = device_arch(d_y.device), w_scale is not None
+    plan = choose_plan(arch, d_y.dtype, M, N, K, R, int8, p, "backward", device_name(d_y.device))
+    return planned_backward(plan, d_y, x, s, w, w_scale, a, b, scale, p, seed, needs_x, needs_a, needs_b)
+
+
+def planned_backward(
+    plan: Plan, d_y: Tensor, x: Tensor | None, s: Tensor | None, w: Tensor, w_scale: Tensor | None, a: Tensor | None,
+    b: Tensor | None, scale: float, p: float, seed: Tensor | None, needs_x: bool, needs_a: bool, needs_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`lora_linear_backward` by a given plan: "two_pass", "scratch" or "cublas"."""
     d_x, d_a, d_b, d_s = d_y.new_empty(0), d_y.new_empty(0), d_y.new_empty(0), None
     if a is not None and b is not None:
-        check_rank(a.shape[0], MAX_RANK)
-        if needs_x or needs_a:
-            d_s = shrink(d_y, b.T, scale=scale)
+        needs_d_s = needs_x or needs_a
+        if needs_d_s or needs_b:
+            d_s, wanted = output_reduce(d_y, s, b, scale, needs_d_s, needs_b)
+            d_b = d_b if wanted is None else wanted
         if needs_a:
             d_a = torch.empty_like(a, memory_format=torch.contiguous_format)
             token_reduce(d_s, x, 1.0, p, seed, out=d_a)
-        if needs_b:
-            d_b = torch.empty_like(b, memory_format=torch.contiguous_format)
-            token_reduce(s, d_y, scale, out=d_b.T)
     if needs_x:
-        d_x = input_gradient(d_y, w, w_scale, d_s, a, p, seed)
+        d_x = _planned_input_gradient(plan, d_y, w, w_scale, d_s, a, p, seed)
     return d_x, d_a, d_b
+
+
+def _planned_input_gradient(
+    plan: Plan, d_y: Tensor, w: Tensor, w_scale: Tensor | None, d_s: Tensor | None, a: Tensor | None,
+    p: float, seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    dense = dense_copy(w, w_scale, d_y.dtype) if plan.kind in ("scratch", "cublas") else None
+    if dense is None:
+        return input_gradient(d_y, w, w_scale, d_s, a, p, seed, tile=plan.tile)
+    if plan.kind == "scratch":
+        return input_gradient(d_y, dense, None, d_s, a, p, seed, tile=plan.tile)
+    if a is None:
+        return d_y @ dense
+    d_x = input_gradient(d_y[:, :0], dense[:0], None, d_s, a, p, seed)
+    return d_x.addmm_(d_y, dense)

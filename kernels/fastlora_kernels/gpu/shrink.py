@@ -79,6 +79,7 @@ def shrink_launch(
             SPLITS=tile.splits, BLOCK_M=tile.block_m, BLOCK_K=tile.block_c, BLOCK_R=block_r,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
+        flops=2 * M * K * R,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ architecture, which `make kernels` checks. An unknown architecture gets the smal
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -15,6 +15,7 @@ import triton
 MAX_RANK = 256
 MAX_BLOCK_R = 64  # a longer rank is summed in steps of this
 LARGE_SHARED_MEMORY = {80, 90, 100}  # at least 160 KB per block; the others have 99 KB
+SPAN = 128  # tokens whose d_s is summed at a time
 MULTIPROCESSORS = 132  # of an H100 or H200; assumed where no GPU can be asked
 
 
@@ -27,7 +28,7 @@ class Tile:
         num_warps, num_stages: as Triton means them.
         tma: loads whole tiles through tensor descriptors where the strides allow it, else through pointers.
         persistent: one program per multiprocessor walks over the tiles.
-        splits: programs that share the sum of one tile.
+        splits: programs that share the sum of one tile; in `output_reduce`, spans in a slice.
     """
 
     block_m: int
@@ -77,18 +78,40 @@ def linear_tile(arch: int | None, itemsize: int, tokens: int, block_r: int) -> T
     return _fitted(tile, arch, itemsize)
 
 
+def decode_tile(arch: int | None, itemsize: int, features_out: int, features_in: int, block_r: int) -> Tile:
+    """For one tile of tokens: as `linear_tile`, split until there are two programs per multiprocessor."""
+    tile = linear_tile(arch, itemsize, 1, block_r)
+    splits = min(2 * MULTIPROCESSORS // triton.cdiv(features_out, tile.block_n), features_in // (4 * tile.block_c), 16)
+    return replace(tile, splits=_power_of_two(max(splits, 1)))
+
+
+def _power_of_two(most: int) -> int:
+    return 1 << (most.bit_length() - 1)
+
+
 def shrink_tile(arch: int | None, itemsize: int, tokens: int, features: int, block_r: int) -> Tile:
     """For `[M, C] @ [C, R]`: block_m tokens, block_c contracted, split until every multiprocessor has a program."""
     block_m = 16 if tokens <= 16 or block_r >= 256 else 32
     splits = min(MULTIPROCESSORS // triton.cdiv(max(tokens, 1), block_m), features // 512, 16)
-    splits = 1 << max(0, splits.bit_length() - 1)
-    return _fitted(Tile(block_m, 0, 32 if block_r >= 128 else 64, 4, 2, splits=splits), arch, itemsize)
+    tile = Tile(block_m, 0, 32 if block_r >= 128 else 64, 4, 2, splits=_power_of_two(max(splits, 1)))
+    return _fitted(tile, arch, itemsize)
 
 
 def token_reduce_tile(arch: int | None, itemsize: int, block_r: int) -> Tile:
     """For `[M, R]^T @ [M, C]`: block_m tokens per step, block_n columns of C."""
     tile = Tile(32, 32 if block_r >= 128 else 64, 0, 4, 2)
     return _fitted(tile, arch, itemsize)
+
+
+def output_reduce_tile(arch: int | None, itemsize: int, tokens: int, features: int, block_r: int) -> Tile:
+    """For `[M, N]` read once: tiles wide and slices long, which keeps the parts small, one per multiprocessor."""
+    if block_r >= 64 or itemsize > 2:
+        block_m, block_n, warps = 16, 64, 8 if block_r >= 256 else 4
+    else:
+        block_m, block_n, warps = 32, 256, 8
+    spans = triton.cdiv(max(tokens, 1), SPAN)
+    slices = max(1, 2 * MULTIPROCESSORS // triton.cdiv(features, block_n))
+    return Tile(block_m, block_n, 0, warps, 2, splits=triton.cdiv(spans, min(slices, spans)))
 
 
 def merge_tile() -> Tile:

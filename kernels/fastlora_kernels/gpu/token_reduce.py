@@ -78,6 +78,7 @@ def token_reduce_launch(
             SLICED=sliced, SLICE=TOKENS_PER_SLICE, BLOCK_M=tile.block_m, BLOCK_C=tile.block_n, BLOCK_R=block_r,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
+        flops=2 * M * C * R,
     )  # fmt: skip
 
 
