@@ -17,7 +17,7 @@ from .adapters.registry import ACTIVE, REGISTRY, active_adapters, adapters, chec
 from .adapters.tokens import attach_tokens, find_tokens, initial_rows
 from .config import LoraConfig
 from .inits import PLAIN_INITS, Initial, check_no_calibration, initial_adapters, with_found_ranks
-from .layers import LinearLayer, LoraLayer, adopt, kind_of, replace_weight
+from .layers import LinearLayer, LoraLayer, adopt, dissolve_groups, form_groups, kind_of, replace_weight
 from .layers.base import Parts
 from .log import logger
 from .models.distributed import check_whole
@@ -134,6 +134,7 @@ def attach(
         layer.add_adapter(adapter, weights[name], scaling, config.lora_dropout, trainable)
         if config.use_dora and not layer.has_magnitude(adapter):
             layer.add_magnitude(adapter, trainable)
+    form_groups(model)
     attach_tokens(model, config, weights, adapter, trainable)
     trained.add_copies(model, adapter, names, copies or {}, config, trainable)
     model.__dict__.setdefault(REGISTRY, {})[adapter] = config
@@ -186,6 +187,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     else:
         for layer in layers.values():
             layer.check_base_kept("unload")
+    dissolve_groups(model)
     trained.release(model, active_adapters(model), keep=merge)
     for layer in layers.values():
         layer.release(merge)

@@ -12,7 +12,10 @@ import fastlora
 from fastlora_kernels import cpu, gpu, reference
 
 ROOT = Path(__file__).parent.parent
-OPS = ["dropout_mask", "lora_linear", "lora_linear_backward", "merge_rows", "quantize_rows"]
+OPS = [
+    "dropout_mask", "lora_linear", "lora_linear_backward", "lora_linear_group", "lora_linear_group_backward",
+    "lora_linear_mixed", "lora_linear_mixed_backward", "merge_rows", "quantize_rows",
+]  # fmt: skip
 
 # A module imports from its own level or one below it.
 LEVELS = [

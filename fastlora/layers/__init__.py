@@ -12,6 +12,7 @@ from .bitsandbytes import is_linear4bit, is_linear8bit, read_int8
 from .conv import LoraConvolution1d, LoraConvolution2d, LoraConvolution3d
 from .embedding import LoraEmbedding
 from .experts import LoraParameter, ParameterTarget
+from .families import dissolve_groups, form_groups
 from .head import Float32Head
 from .linear import EQUIVALENT_LINEARS, LinearLayer, LoraConv1D, LoraLinear
 from .linear4bit import LoraLinear4bit
@@ -38,6 +39,8 @@ __all__ = [
     "TokenLayer",
     "adopt",
     "adopt_tokens",
+    "dissolve_groups",
+    "form_groups",
     "is_linear4bit",
     "is_linear8bit",
     "kind_of",

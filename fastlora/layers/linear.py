@@ -15,6 +15,7 @@ from .base import LoraLayer
 from .bitsandbytes import is_linear8bit
 from .branch import draw_seed, dropout, low_rank
 from .frozen_linear import FrozenLinear
+from .group import Seat
 from .mixed import Mix, add_low_rank, add_rows, stacked
 
 # Subclasses of nn.Linear whose forward differs from it in nothing but the way it is written.
@@ -29,6 +30,7 @@ class LinearLayer(FrozenLinear):
         return cls
 
     mix: Mix | None = None
+    seat: Seat | None = None  # in a group of layers that read the same tensor
 
     def mix_adapters(self, mix: Mix | None) -> None:
         if mix is None:
@@ -43,6 +45,8 @@ class LinearLayer(FrozenLinear):
         self.mix = Mix(tuple(here), lookup[mix.rows.cpu()].to(self.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.seat is not None and (together := self.seat.output(self, x)) is not None:
+            return together
         parameters: dict[str, Any] = self._parameters  # nn.Module's attribute lookup costs as much as a small kernel
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -54,33 +58,36 @@ class LinearLayer(FrozenLinear):
         return self._linear(x, None) + bias.to(x.dtype)
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        running = self.running_adapters()
+        adapter = self.fused_adapter()
+        if adapter is not None:
+            w, w_scale, a, b, scale, p = self.operands(adapter)
+            return ops.lora_linear(x, w, w_scale, bias, a, b, scale, p, draw_seed(x) if p > 0 else None)
         if self.mix is not None and self.adapters_enabled:
             return self._mixed(x, bias, self.mix)
-        if not running:
-            return self._frozen(x, bias)
-        if len(running) > 1 or not self._is_plain(running[0]):
-            return self._several(x, bias, running)
-        adapter = running[0]
-        p = self.lora_dropout[adapter] if self.training else 0.0
-        seed = draw_seed(x) if p > 0 else None
+        running = self.running_adapters()
+        return self._several(x, bias, running) if running else self._frozen(x, bias)
+
+    def fused_adapter(self) -> str | None:
+        """The adapter that one op computes together with the frozen layer, where that is all there is to do."""
+        running = self.running_adapters()
+        if len(running) != 1 or self.mix is not None:
+            return None
+        modules: dict[str, Any] = self._modules
+        special = modules["lora_magnitude"]._parameters, modules["lora_B_bias"]._parameters
+        return None if running[0] in special[0] or running[0] in special[1] else running[0]
+
+    def operands(self, adapter: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float, float]:
+        """w, w_scale, a, b, scale and p of the op, for an adapter."""
         modules: dict[str, Any] = self._modules
         a, b = modules["lora_A"]._parameters[adapter], modules["lora_B"]._parameters[adapter]
-        weight_scale = self._parameters["weight_scale"]
-        return ops.lora_linear(x, self.frozen_weight, weight_scale, bias, a, b, self.scaling[adapter], p, seed)
+        p = self.lora_dropout[adapter] if self.training else 0.0
+        return self.frozen_weight, self._parameters["weight_scale"], a, b, self.scaling[adapter], p
 
     def _frozen(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         weight, weight_scale = self.frozen_weight, self._parameters["weight_scale"]
         if weight_scale is None:
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return ops.lora_linear(x, weight, weight_scale, bias)
-
-    def _is_plain(self, adapter: str) -> bool:
-        """Whether the adapter is A and B alone."""
-        modules: dict[str, Any] = self._modules
-        return (
-            adapter not in modules["lora_magnitude"]._parameters and adapter not in modules["lora_B_bias"]._parameters
-        )
 
     def _several(self, x: Tensor, bias: Tensor | None, adapters: tuple[str, ...]) -> Tensor:
         if self._why_apart(adapters, self.training) is not None:
@@ -127,20 +134,34 @@ class LinearLayer(FrozenLinear):
 
     def _mixed(self, x: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
         """Each row of the batch with its own adapter."""
-        y = self._frozen(x, bias)
-        probability = {name: self.lora_dropout[name] if self.training else 0.0 for name in mix.adapters}
+        if not mix.adapters:
+            return self._frozen(x, bias)
+        y, probability = None, {name: self.lora_dropout[name] if self.training else 0.0 for name in mix.adapters}
         for p in sorted(set(probability.values())):
             names = [name for name in mix.adapters if probability[name] == p]
             lookup = [names.index(name) if name in names else -1 for name in (*mix.adapters, None)]
             rows = mix.rows if len(names) == len(mix.adapters) else mix.rows.new_tensor(lookup)[mix.rows]
-            a = stacked([self.lora_A[name] for name in names], rank_axis=0)
-            b = stacked([self.scaling[name] * self.lora_B[name] for name in names], rank_axis=1)
-            y = add_low_rank(y, dropout(x, p), rows, a, b)
+            y = self._rows_with(names, x, bias, rows, p) if y is None else self._rows_added(y, names, x, rows, p)
         if self._has_bias(mix.adapters):
             zero = y.new_zeros(y.shape[-1])
             biases = [self._bias_of((name,)) if name in self.lora_B_bias else zero for name in mix.adapters]
             y = add_rows(y, mix.rows, torch.stack([zero, *biases]))
         return y
+
+    def _rows_with(self, names: list[str], x: Tensor, bias: Tensor | None, rows: Tensor, p: float) -> Tensor:
+        """The layer's output, with adapters of one dropout probability at their rows."""
+        a, b = torch.cat([self.lora_A[name] for name in names]), torch.cat([self.lora_B[name] for name in names], dim=1)
+        ranks, scales = [self.lora_A[name].shape[0] for name in names], [float(self.scaling[name]) for name in names]
+        seed = draw_seed(x) if p > 0 else None
+        return ops.lora_linear_mixed(
+            x, self.frozen_weight, self.weight_scale, bias, a, b, ranks, scales, rows, p, seed
+        )  # fmt: skip
+
+    def _rows_added(self, y: Tensor, names: list[str], x: Tensor, rows: Tensor, p: float) -> Tensor:
+        """The same for those of another probability, on top of it."""
+        a = stacked([self.lora_A[name] for name in names], rank_axis=0)
+        b = stacked([self.scaling[name] * self.lora_B[name] for name in names], rank_axis=1)
+        return add_low_rank(y, dropout(x, p), rows, a, b)
 
     def _added(self, x: Tensor, adapter: str) -> Tensor:
         """What one adapter adds to the frozen layer's output."""

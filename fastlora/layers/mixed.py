@@ -1,9 +1,9 @@
-"""One adapter per row of a batch, or none, from one read of the batch.
+"""One adapter per row of a batch, or none.
 
     y_row = W x_row + bias + s_e B_e A_e x_row    where e is the row's adapter
 
-A and B of the adapters are stacked, padded with zeros to one rank, and each row takes its own by index; x is neither
-sorted nor gathered.
+`ops.lora_linear_mixed` computes it for adapters of one dropout probability. Those of another are added here, stacked
+and padded with zeros to one rank.
 """
 
 from __future__ import annotations

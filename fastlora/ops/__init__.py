@@ -3,7 +3,9 @@
 from .dispatch import Place, describe, gpu_plans, implementation, is_slow, using
 from .dtensor import is_dtensor
 from .float32 import linear_float32
+from .group import lora_linear_group
 from .linear import lora_linear
+from .mixed import lora_linear_mixed
 from .weights import dropout_mask, merge_rows, quantize_rows
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "is_slow",
     "linear_float32",
     "lora_linear",
+    "lora_linear_group",
+    "lora_linear_mixed",
     "merge_rows",
     "quantize_rows",
     "using",

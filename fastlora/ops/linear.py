@@ -123,7 +123,7 @@ class _Eager(torch.autograd.Function):
 _PLAIN_TYPES = {Tensor, Parameter}
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
+def is_plain(*tensors: Tensor | None) -> bool:
     """Whether nothing but autograd looks on: no compiler or tracer, no subclass of Tensor, no fake or meta tensor."""
     if (
         torch.compiler.is_compiling()
@@ -158,10 +158,10 @@ def lora_linear(
             for p > 0.
         TypeError: an int8 w without w_scale, or w_scale with a dense w, or a DTensor.
     """
-    _check(x, w, w_scale, a, b, p, seed)
+    check_linear(x, w, w_scale, a, b, p, seed)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     inputs = (flat, w, w_scale, bias, a, b, scale, p, seed)
-    if not _is_plain(x, w, a):
+    if not is_plain(x, w, a):
         _check_local(x, w, a)
         y, _ = _forward(*inputs)
     elif torch.is_grad_enabled() and (
@@ -182,7 +182,7 @@ def _check_local(*tensors: Tensor | None) -> None:
             )
 
 
-def _check(
+def check_linear(
     x: Tensor, w: Tensor, w_scale: Tensor | None, a: Tensor | None, b: Tensor | None, p: float, seed: Tensor | None
 ) -> None:
     N, K = w.shape

@@ -35,27 +35,42 @@ def lora_linear(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    return layer(x, as_dtype(x, product_dtype(x.dtype)), w, w_scale, bias, a, b, scale, p, seed)
+
+
+def layer(
+    x: Tensor,
+    wide: Tensor,
+    w: Tensor,
+    w_scale: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`lora_linear` where `wide` is x in the dtype of products."""
     dtype = x.dtype
-    wide = _as(x, product_dtype(dtype))
-    y = _frozen(x, wide, w, w_scale, bias)
+    y = frozen(x, wide, w, w_scale, bias)
     if a is None or b is None:
-        return _as(y, dtype), x.new_empty(x.shape[0], 0)
+        return as_dtype(y, dtype), x.new_empty(x.shape[0], 0)
     if x.shape[0] <= FEW_TOKENS:
-        wide, y = _as(wide, torch.float32), _as(y, torch.float32)
+        wide, y = as_dtype(wide, torch.float32), as_dtype(y, torch.float32)
     if p > 0 and seed is not None:
         wide = dropped(wide, keep_bits(seed, x.shape[0], x.shape[1], p))
         a = a / (1 - p)  # before a is rounded to the dtype of x, which costs no accuracy
-    s = F.linear(wide, _as(a, wide.dtype))
-    y = y.addmm_(s, _as(b, wide.dtype).T, alpha=scale)
-    return _as(y, dtype), _as(s, dtype)
+    s = F.linear(wide, as_dtype(a, wide.dtype))
+    y = y.addmm_(s, as_dtype(b, wide.dtype).T, alpha=scale)
+    return as_dtype(y, dtype), as_dtype(s, dtype)
 
 
-def _frozen(x: Tensor, wide: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def frozen(x: Tensor, wide: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """`x W^T + bias` in any dtype; `wide` is x in the dtype of products."""
     if w_scale is None:
         if x.shape[0] == 1 and x.dtype == w.dtype == torch.bfloat16:
             wide = x
-        return F.linear(wide, _cast(w, wide.dtype), None if bias is None else _as(bias, wide.dtype))
+        return F.linear(wide, _cast(w, wide.dtype), None if bias is None else as_dtype(bias, wide.dtype))
     codes_read_as_they_are = (
         x.shape[0] <= FEW_TOKENS
         and x.dtype == torch.bfloat16
@@ -84,31 +99,55 @@ def lora_linear_backward(
     needs_a: bool,
     needs_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    narrow, wide = d_y.dtype, product_dtype(d_y.dtype)
-    d_x, d_a, d_b = d_y.new_empty(0), d_y.new_empty(0), d_y.new_empty(0)
-    d_y = _as(d_y, wide)
+    inputs = x, s, w, w_scale, a, b, scale, p, seed, needs_x, needs_a, needs_b
+    d_x, d_a, d_b = gradients(as_dtype(d_y, product_dtype(d_y.dtype)), None, *inputs)
+    d_x, d_a, d_b = (d_y.new_empty(0) if gradient is None else gradient for gradient in (d_x, d_a, d_b))
+    return as_dtype(d_x, d_y.dtype), d_a, d_b
+
+
+def gradients(
+    d_y: Tensor,
+    d_x: Tensor | None,
+    x: Tensor | None,
+    s: Tensor | None,
+    w: Tensor,
+    w_scale: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    needs_x: bool,
+    needs_a: bool,
+    needs_b: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`lora_linear_backward` for a d_y in the dtype of products, which d_x gets too; one that is given is added to.
+
+    None for what is not needed.
+    """
+    wide, d_a, d_b = d_y.dtype, None, None
     if needs_x:
         scaled = d_y if w_scale is None else (d_y * w_scale).to(wide)
-        d_x = scaled @ _cast(w, wide)
+        d_x = scaled @ _cast(w, wide) if d_x is None else d_x.addmm_(scaled, _cast(w, wide))
     if a is None or b is None:
-        return _as(d_x, narrow), d_a, d_b
+        return d_x, d_a, d_b
     if needs_b and s is not None:
-        d_b = _as(d_y.T @ _as(s, wide), b.dtype).mul_(scale)
+        d_b = as_dtype(d_y.T @ as_dtype(s, wide), b.dtype).mul_(scale)
     if needs_x or needs_a:
-        d_s = d_y @ _as(scale / (1 - p) * b, wide)
+        d_s = d_y @ as_dtype(scale / (1 - p) * b, wide)
         keep = keep_bits(seed, d_y.shape[0], w.shape[1], p) if p > 0 and seed is not None else None
         if needs_a and x is not None:
-            x = _as(x, wide)
-            d_a = _as(d_s.T @ (x if keep is None else dropped(x, keep)), a.dtype)
-        if needs_x:
+            x = as_dtype(x, wide)
+            d_a = as_dtype(d_s.T @ (x if keep is None else dropped(x, keep)), a.dtype)
+        if d_x is not None and needs_x:
             if keep is None:
-                d_x.addmm_(d_s, _as(a, wide))
+                d_x.addmm_(d_s, as_dtype(a, wide))
             else:
-                d_x += drop_(d_s @ _as(a, wide), keep)
-    return _as(d_x, narrow), d_a, d_b
+                d_x += drop_(d_s @ as_dtype(a, wide), keep)
+    return d_x, d_a, d_b
 
 
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in a dtype; even a call of `to` that does nothing takes as long as a small product."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 

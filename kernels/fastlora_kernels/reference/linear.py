@@ -1,7 +1,4 @@
-"""Every op in plain eager torch. This is the specification: the kernels are tested against it in float64.
-
-All operands are brought to the dtype of `x` (or of `d_y`), as an eager model in that dtype would do.
-"""
+"""Quantised weights, the dropout mask, a linear layer with one adapter, and merging the two."""
 
 from __future__ import annotations
 
@@ -125,7 +122,7 @@ def lora_linear(
         y = y + bias.to(x.dtype)
     if a is None or b is None:
         return y, x.new_empty(x.shape[0], 0)
-    s = _dropped(x, p, seed) @ a.to(x.dtype).T
+    s = dropped(x, p, seed) @ a.to(x.dtype).T
     return y + scale * (s @ b.to(x.dtype).T), s
 
 
@@ -165,15 +162,15 @@ def lora_linear_backward(
     if a is not None and b is not None:
         d_s = scale * (d_y @ b.to(d_y.dtype))
         if needs_x:
-            d_x = d_x + _dropped(d_s @ a.to(d_y.dtype), p, seed)
+            d_x = d_x + dropped(d_s @ a.to(d_y.dtype), p, seed)
         if needs_a:
-            d_a = (d_s.T @ _dropped(x, p, seed)).to(a.dtype)
+            d_a = (d_s.T @ dropped(x, p, seed)).to(a.dtype)
         if needs_b:
             d_b = (scale * (d_y.T @ s)).to(b.dtype)
     return d_x, d_a, d_b
 
 
-def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """`x * mask / (1 - p)`."""
     if p == 0 or seed is None:
         return x

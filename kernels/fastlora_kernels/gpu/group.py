@@ -1,0 +1,151 @@
+"""`lora_linear_group` and its backward: one read of x gives s of every layer, and d_x is summed where it lies.
+
+s of all layers is one matrix whose columns each layer has a part of. A program reads a tile of x once, drops it once
+per layer, and multiplies by that layer's rows of A; the other rows count as zero, so one accumulator serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import drop_threshold
+from .input_gradient import input_gradient
+from .jit import convert, dot, dropout_keys, keep_mask, load_tile
+from .launch import Launch, check_rank, device_arch, next_block, operand
+from .linear import expand
+from .lora_linear import lora_linear
+from .shrink import shrink
+from .tiles import MAX_RANK, Tile, shrink_tile
+from .token_reduce import token_reduce
+
+FEW_TOKENS = 64  # up to here each layer's own single pass reads little of x, and one launch is one launch
+
+
+@triton.jit
+def _group_shrink_kernel(
+    x_ptr, stride_xm, stride_xk,  # [M, K]
+    a_ptr, stride_ar, stride_ak,  # [layers * R, K]
+    s_ptr, stride_sm, stride_sr,  # [M, layers * R]
+    seeds_ptr,  # [layers] int64
+    scale, threshold, M, K, R,
+    LAYERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    dtype = x_ptr.dtype.element_ty
+    first_m = tl.program_id(0) * BLOCK_M
+    offs_m, offs_r = first_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x = load_tile(x_ptr, stride_xm, stride_xk, first_m, k, M, K, BLOCK_M, BLOCK_K, False)
+        a = load_tile(a_ptr, stride_ar, stride_ak, 0, k, LAYERS * R, K, BLOCK_R, BLOCK_K, False)
+        a = convert(a, dtype)
+        offs_k = k + tl.arange(0, BLOCK_K)
+        for layer in tl.static_range(LAYERS):
+            key_1, key_2 = dropout_keys(seeds_ptr + layer)
+            keep = keep_mask(key_1, key_2, offs_m[:, None], offs_k[None, :], (K + 1) // 2, threshold)
+            own = (offs_r >= layer * R) & (offs_r < (layer + 1) * R)
+            dropped = tl.where(keep, x, 0.0).to(dtype)
+            acc = dot(dropped, tl.trans(tl.where(own[:, None], a, 0.0).to(dtype)), acc)
+    inside = (offs_m < M)[:, None] & (offs_r < LAYERS * R)[None, :]
+    s_tile = s_ptr + offs_m[:, None].to(tl.int64) * stride_sm + offs_r[None, :] * stride_sr
+    tl.store(s_tile, convert(acc * scale, dtype), inside)
+
+
+def group_shrink_launch(
+    x: Tensor, a: Tensor, p: float, seeds: Tensor, s: Tensor, arch: int | None, tile: Tile | None = None
+) -> Launch:
+    """`a` is `[layers * R, K]` and `s` `[M, layers * R]`, for as many layers of one rank as there are seeds."""
+    (M, K), layers = x.shape, seeds.numel()
+    block_r = next_block(a.shape[0])
+    tile = tile or shrink_tile(arch, x.element_size(), M, K, block_r)
+    return Launch(
+        _group_shrink_kernel,
+        (triton.cdiv(M, tile.block_m),),
+        dict(
+            **operand("x", x, "mk"), **operand("a", a, "rk"), **operand("s", s, "mr"), seeds_ptr=seeds,
+            scale=1.0 / (1.0 - p), threshold=drop_threshold(p), M=M, K=K, R=a.shape[0] // layers,
+            LAYERS=layers, BLOCK_M=tile.block_m, BLOCK_K=tile.block_c, BLOCK_R=block_r,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        ),
+    )  # fmt: skip
+
+
+def lora_linear_group(
+    x: Tensor,
+    ws: Sequence[Tensor],
+    w_scales: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    a_s: Sequence[Tensor],
+    b_s: Sequence[Tensor],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[Tensor | None],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The contract is in `reference.lora_linear_group`. Ranks up to 256."""
+    for a in a_s:
+        check_rank(a.shape[0], MAX_RANK)
+    if x.shape[0] <= FEW_TOKENS or len(set(ps)) > 1 or sum(a.shape[0] for a in a_s) > MAX_RANK:
+        layers = zip(ws, w_scales, biases, a_s, b_s, scales, ps, seeds, strict=True)
+        results = [lora_linear(x, *layer) for layer in layers]
+        return [y for y, _ in results], [s for _, s in results]
+    ss = _shrink_all(x, a_s, ps[0], seeds)
+    layers = zip(ws, w_scales, biases, ss, b_s, scales, strict=True)
+    return [expand(x, *layer) for layer in layers], ss
+
+
+def _shrink_all(x: Tensor, a_s: Sequence[Tensor], p: float, seeds: Sequence[Tensor | None]) -> list[Tensor]:
+    """s of every layer, for one probability to drop."""
+    ranks = [a.shape[0] for a in a_s]
+    if p == 0:
+        s = shrink(x, torch.cat([a.to(a_s[0].dtype) for a in a_s]))
+    elif len(set(ranks)) == 1:
+        s = torch.empty(x.shape[0], sum(ranks), dtype=x.dtype, device=x.device)
+        all_seeds = torch.cat([seed.reshape(1) for seed in seeds if seed is not None])
+        group_shrink_launch(x, torch.cat(list(a_s)), p, all_seeds, s, device_arch(x.device)).run(x.device)
+    else:
+        return [shrink(x, a, p, seed) for a, seed in zip(a_s, seeds, strict=True)]
+    # Copies, so that each layer's s can be kept, and freed, by itself.
+    return [part.contiguous() for part in s.split(ranks, dim=1)]
+
+
+def lora_linear_group_backward(
+    d_ys: Sequence[Tensor | None],
+    x: Tensor | None,
+    ss: Sequence[Tensor | None],
+    ws: Sequence[Tensor],
+    w_scales: Sequence[Tensor | None],
+    a_s: Sequence[Tensor],
+    b_s: Sequence[Tensor],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[Tensor | None],
+    needs_x: bool,
+    needs_a: Sequence[bool],
+    needs_b: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The contract is in `reference.lora_linear_group_backward`. Ranks up to 256; the same inputs, the same bits."""
+    d_as, d_bs = [a.new_empty(0) for a in a_s], [b.new_empty(0) for b in b_s]
+    d_x = d_s = None
+    for i, d_y in enumerate(d_ys):
+        if d_y is None:
+            continue
+        if needs_x or needs_a[i]:
+            d_s = shrink(d_y, b_s[i].T, scale=scales[i])
+        if needs_a[i]:
+            d_as[i] = torch.empty_like(a_s[i], memory_format=torch.contiguous_format)
+            token_reduce(d_s, x, 1.0, ps[i], seeds[i], out=d_as[i])
+        if needs_b[i]:
+            d_bs[i] = torch.empty_like(b_s[i], memory_format=torch.contiguous_format)
+            token_reduce(ss[i], d_y, scales[i], out=d_bs[i].T)
+        if needs_x:
+            layer = ws[i], w_scales[i], d_s, a_s[i], ps[i], seeds[i]
+            d_x = input_gradient(d_y, *layer, out=d_x, accumulate=d_x is not None)
+    return ws[0].new_empty(0, dtype=_dtype(d_ys)) if d_x is None else d_x, d_as, d_bs
+
+
+def _dtype(d_ys: Sequence[Tensor | None]) -> torch.dtype:
+    return next(d_y.dtype for d_y in d_ys if d_y is not None)
