@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import implementation
+from .dtensor import check_local
 from .linear import check_linear, is_plain
 
 LISTS = 6  # of tensors among the arguments: ws, w_scales, biases, a_s, b_s, seeds
@@ -178,6 +179,7 @@ def lora_linear_group(
         check_linear(x, *layer)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if not is_plain(x, *ws, *a_s):
+        check_local(x, *ws, *a_s)
         ys, _ = _forward(flat, ws, w_scales, biases, a_s, b_s, scales, ps, seeds)
     elif torch.is_grad_enabled() and any(t.requires_grad for t in (x, *a_s, *b_s)):
         ys = _Eager.apply(flat, scales, ps, *ws, *w_scales, *biases, *a_s, *b_s, *seeds)

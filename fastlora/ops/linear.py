@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .dispatch import implementation
-from .dtensor import is_dtensor
+from .dtensor import check_local
 
 
 def _run(name: str, a: Tensor | None, *inputs: Any) -> Any:
@@ -162,7 +162,7 @@ def lora_linear(
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     inputs = (flat, w, w_scale, bias, a, b, scale, p, seed)
     if not is_plain(x, w, a):
-        _check_local(x, w, a)
+        check_local(x, w, a)
         y, _ = _forward(*inputs)
     elif torch.is_grad_enabled() and (
         x.requires_grad or (a is not None and a.requires_grad) or (b is not None and b.requires_grad)
@@ -171,15 +171,6 @@ def lora_linear(
     else:
         y, _ = _run("lora_linear", a, *inputs)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
-
-
-def _check_local(*tensors: Tensor | None) -> None:
-    for tensor in tensors:
-        if is_dtensor(tensor):
-            raise TypeError(
-                "lora_linear: expected tensors of this process alone, found a DTensor: fastlora has no tensor "
-                "parallelism; and layers of a model that FSDP2 has sharded are called through the model"
-            )
 
 
 def check_linear(

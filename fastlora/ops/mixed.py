@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import implementation
+from .dtensor import check_local
 from .linear import check_linear
 
 
@@ -109,6 +110,7 @@ def lora_linear_mixed(
         ValueError, TypeError: as `lora_linear`; or the rows do not divide the tokens, or the ranks do not add up.
     """
     check_linear(x, w, w_scale, a, b, p, seed)
+    check_local(x, w, a)
     B, M = rows.shape[0], x.numel() // x.shape[-1]
     if M % B:
         raise ValueError(f"mixed: expected a batch of {B} rows, as adapters were given for, found {M} tokens")
