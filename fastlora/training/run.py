@@ -131,7 +131,7 @@ def run(prepared: Prepared, console: Console) -> Path:
     settings = prepared.settings
     if not console.is_terminal:
         logging.disable_progress_bar()
-    trainer = make_trainer(prepared, console)
+    trainer, model = make_trainer(prepared, console)
     if trainer.is_world_process_zero():
         _write_record(settings)
     # Asked to go on from its own end, the Trainer would train a step more.
@@ -144,7 +144,7 @@ def run(prepared: Prepared, console: Console) -> Path:
         history = trainer.state.log_history
     adapter = settings.out / "adapter"
     if trainer.is_world_process_zero():
-        fastlora.save(trainer.model, adapter)
+        fastlora.save(model, adapter)
         prepared.tokenizer.save_pretrained(adapter)
         draw_curve(history, settings.out / "loss.png")
     return adapter
