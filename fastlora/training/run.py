@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 import fastlora
 
@@ -137,7 +138,7 @@ def run(prepared: Prepared, console: Console) -> Path:
     # Asked to go on from its own end, the Trainer would train a step more.
     if prepared.resume is not None and _state(prepared.resume)["global_step"] >= prepared.steps:
         console.print(f"{settings.out} holds the whole run already: {prepared.steps} steps", markup=False)
-        trainer._load_from_checkpoint(prepared.resume)
+        model.load_state_dict(load_file(Path(prepared.resume, "model.safetensors")), strict=False)
         history = _state(prepared.resume)["log_history"]
     else:
         trainer.train(resume_from_checkpoint=prepared.resume)

@@ -123,10 +123,7 @@ def list_settings(section: type[BaseModel] = Settings, indent: str = "") -> list
         if nested is not None and issubclass(nested, BaseModel):
             lines += [f"{indent}{name}:", *list_settings(nested, f"{indent}  ")]
             continue
-        choices = [
-            repr(choice) for kind in (field.annotation, *get_args(field.annotation)) for choice in _choices(kind)
-        ]
-        about = "; ".join(filter(None, [" | ".join(choices), field.description]))
+        about = "; ".join(filter(None, [" | ".join(_choices(field.annotation)), field.description]))
         text = default if default == "..." else json.dumps(default)
         lines.append(f"{indent}{name}: {text}" + (f"  # {about}" if about else ""))
     return lines
