@@ -88,6 +88,10 @@ def test_overrides(override, message, write):
     assert_refused(train(write(), override), message)
 
 
+def test_no_file_at_all():
+    assert_refused(train(), "CONFIG: expected a YAML file of settings")
+
+
 def test_no_such_file(tmp_path):
     assert_refused(train(tmp_path / "none.yaml"), r"none\.yaml")
 

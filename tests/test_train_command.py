@@ -5,6 +5,7 @@ import json
 import peft
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from training import assert_same
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,7 +16,7 @@ from fastlora.cli import app
 from fastlora.quickstart.demo import BASE
 from fastlora.training.data import read_rows
 from fastlora.training.sequences import IGNORED, Collator, length_of, make_sequences
-from fastlora.training.settings import Data, read_settings
+from fastlora.training.settings import Data, Settings, read_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 
@@ -125,6 +126,14 @@ def test_only_the_named_settings_may_change(config, tmp_path):
     result = train(config, "resume=false")
     assert result.exit_code == 2
     assert "expected no checkpoints where resume is false" in result.output
+
+
+def test_lists_every_setting_as_yaml():
+    listed = yaml.safe_load(train("--settings").output.replace(": ...", ": given"))
+    listed["data"]["columns"] = {}
+    settings = Settings.model_validate(listed)
+    expected = Settings(model="given", data=Data(train="given"), out="given")
+    assert settings == expected
 
 
 def test_overrides_are_yaml(config):

@@ -52,11 +52,17 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         ValueError: the model is not patched, or spread over processes by another engine than FSDP2.
         OSError: the folder cannot be written.
     """
-    write_adapters(model, Path(path))
+    write_adapters(model, Path(path), is_sharded(model))
 
 
-def write_adapters(model: nn.Module, path: Path, value: Callable[[nn.Parameter], Tensor] = Tensor.detach) -> None:
-    """Does what `save` does, with the values that `value` gives for the adapters' parameters."""
+def write_adapters(
+    model: nn.Module, path: Path, together: bool, value: Callable[[nn.Parameter], Tensor] = Tensor.detach
+) -> None:
+    """Does what `save` does, with the values that `value` gives for the adapters' parameters.
+
+    Args:
+        together: whether every process calls, of which the first writes.
+    """
     layers = patched_layers(model)
     keep_shards_alone(model)
     for adapter, config in adapters(model).items():
@@ -65,7 +71,7 @@ def write_adapters(model: nn.Module, path: Path, value: Callable[[nn.Parameter],
         saved = _as_peft_records(saved_config(config, list(own.values())), model, own)
         tensors = adapter_tensors(model, own, adapter, config, value) | gathered(resized_embeddings(model, saved))
         write = functools.partial(write_folder, folder, tensors, saved)
-        if is_sharded(model):
+        if together:
             in_first_process(write)
         else:
             write()

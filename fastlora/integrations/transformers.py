@@ -31,6 +31,7 @@ from ..adapters.files import sync, write_adapters
 from ..adapters.registry import adapters, lora_layers
 from ..checkpoints.resume import invalidate
 from ..layers import LinearLayer, LoraLayer, TokenLayer, is_linear4bit
+from ..models.distributed import gathered, in_first_process, is_sharded, keep_shards_alone
 from ..models.ends import output_embedding
 
 STATE_FILE = "model.safetensors"
@@ -83,6 +84,8 @@ def save_checkpoint(
     A model that is merged, or has no adapter left, is saved whole, as transformers saves it, in the dtype it had
     before it was quantised: int8 and 4-bit weights are written dense, with the values that they stand for.
 
+    A model that FSDP2 has sharded has to be saved by every process, unless `state_dict` is what was gathered of it.
+
     Files are written under temporary names, synced and renamed. A Trainer's checkpoint that was whole counts as
     incomplete for `fastlora.last_checkpoint` until the Trainer has written all of it again.
 
@@ -107,12 +110,22 @@ def save_checkpoint(
                 f"{name}: expected none for a model with adapters, found {options[name]!r}; merge them first, or save "
                 "the folder and upload it by model.push_to_hub"
             )
-    state = _trained_state(model, state_dict) if is_main_process else {}
-    if is_main_process:
-        folder = Path(save_directory)
-        invalidate(folder)
-        write_adapters(model, folder, _reader(model, state))
-        _write_state(folder, state)
+    together = state_dict is None and is_sharded(model)
+    if not (together or is_main_process):
+        return
+    if together:
+        keep_shards_alone(model)
+    folder, state = Path(save_directory), _trained_state(model, state_dict)
+    if together:
+        state = gathered(state)
+
+    def write(work: Callable[..., None], *arguments: Any) -> None:
+        done = functools.partial(work, *arguments)
+        in_first_process(done) if together else done()
+
+    write(invalidate, folder)
+    write_adapters(model, folder, together, _reader(model, state))
+    write(_write_state, folder, state)
 
 
 def _trained_state(model: nn.Module, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 import fastlora
 
@@ -131,20 +132,20 @@ def run(prepared: Prepared, console: Console) -> Path:
     settings = prepared.settings
     if not console.is_terminal:
         logging.disable_progress_bar()
-    trainer = make_trainer(prepared, console)
+    trainer, model = make_trainer(prepared, console)
     if trainer.is_world_process_zero():
         _write_record(settings)
     # Asked to go on from its own end, the Trainer would train a step more.
     if prepared.resume is not None and _state(prepared.resume)["global_step"] >= prepared.steps:
         console.print(f"{settings.out} holds the whole run already: {prepared.steps} steps", markup=False)
-        trainer._load_from_checkpoint(prepared.resume)
+        model.load_state_dict(load_file(Path(prepared.resume, "model.safetensors")), strict=False)
         history = _state(prepared.resume)["log_history"]
     else:
         trainer.train(resume_from_checkpoint=prepared.resume)
         history = trainer.state.log_history
     adapter = settings.out / "adapter"
     if trainer.is_world_process_zero():
-        fastlora.save(trainer.model, adapter)
+        fastlora.save(model, adapter)
         prepared.tokenizer.save_pretrained(adapter)
         draw_curve(history, settings.out / "loss.png")
     return adapter

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
 import fastlora
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from .run import Prepared
 
 
-def make_trainer(prepared: Prepared, console: Console) -> Trainer:
-    """Loads and patches the model, and makes a Trainer of it; the adapter depends on the seed alone."""
+def make_trainer(prepared: Prepared, console: Console) -> tuple[Trainer, nn.Module]:
+    """Loads and patches the model, and makes a Trainer of it; the adapter depends on the seed alone. Returns both."""
     settings = prepared.settings
     model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=prepared.dtype)
     torch.manual_seed(settings.training.seed)
@@ -33,7 +34,7 @@ def make_trainer(prepared: Prepared, console: Console) -> Trainer:
         callbacks=[Display(console)],
     )
     trainer.remove_callback(PrinterCallback)
-    return trainer
+    return trainer, model
 
 
 def arguments(prepared: Prepared) -> dict[str, Any]:
