@@ -94,11 +94,16 @@ def test_a_slow_dtype_is_noted(monkeypatch):
     assert "load the model with dtype=torch.float32" in notes_of(dtype=torch.bfloat16, device="cpu")
 
 
-def test_quantised_files_are_noted():
+@pytest.mark.parametrize(
+    "settings",
+    [{"quant_method": "bitsandbytes", "load_in_4bit": True}, transformers.BitsAndBytesConfig(load_in_4bit=True)],
+    ids=["dictionary", "object"],
+)
+def test_quantised_files_are_noted(settings):
     config = make_config("llama")
-    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config.quantization_config = settings
     assert "weights are counted dense, though the files are quantised by bitsandbytes" in notes_of(config)
-    assert config.quantization_config["load_in_4bit"]
+    assert config.quantization_config is settings
 
 
 def test_a_forward_that_fails_leaves_the_rest(monkeypatch):
@@ -122,6 +127,27 @@ def test_a_model_of_peft_is_planned_by_its_folder():
     model = transformers.AutoModelForCausalLM.from_config(make_config("llama"))
     with pytest.raises(ValueError, match="expected a model without PEFT's layers"):
         fastlora.plan(peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])))
+
+
+def test_models_of_bitsandbytes(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    transformers.AutoModelForCausalLM.from_config(make_config("llama")).save_pretrained(tmp_path)
+
+    def load(**bits):
+        settings = transformers.BitsAndBytesConfig(**bits)
+        return transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings)
+
+    model = load(load_in_8bit=True)
+    with pytest.raises(ValueError, match="patch it, then plan it"):
+        fastlora.plan(model)
+    plan = fastlora.plan(fastlora.patch(model, r=4, targets=["q_proj"]))
+    assert {row.stored for row in plan.rows if row.shape[0] == 112} == {"int8"}
+    assert plan.memory.activations
+    plan = fastlora.plan(load(load_in_4bit=True), r=4, targets=["q_proj"])
+    assert plan.memory.activations is None
+    assert plan.notes[-1].startswith("activations were not counted: ValueError: model: expected no layers in 4 bits")
+    assert "model.layers.*.self_attn.q_proj: codes of 4 bits by bitsandbytes, adapters by PyTorch" in plan.notes
+    assert "the scales of 4-bit weights are not counted" in plan.notes
 
 
 def test_every_source_gives_one_plan(tmp_path):
@@ -170,8 +196,15 @@ def test_bad_input(tmp_path, monkeypatch, source, settings, error, message):
 
 def test_an_adapter_has_its_own_settings(tmp_path):
     model = make_patched(make_config("llama"), r=4)
-    with pytest.raises(ValueError, match="expected none with an adapter's own"):
-        fastlora.plan(model, r=2)
+    for settings in (dict(r=2), dict(quantize="int8")):
+        with pytest.raises(ValueError, match="expected none where an adapter is"):
+            fastlora.plan(model, **settings)
+
+
+def test_a_plan_draws_no_random_numbers():
+    state = torch.get_rng_state()
+    fastlora.plan(make_config("llama"), dropout=0.1, checkpointing=True)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import ops
 from ..config import LoraConfig
-from ..layers import LoraLayer, LoraParameter
+from ..layers import LoraLayer, LoraParameter, is_linear4bit
 from ..models.targets import output_head
 from ..ops.dispatch import GPU_MAX_RANK
 from .rows import Row
@@ -76,6 +76,8 @@ def _what_will_not_be_fast(
 def _what_was_not_counted(source: Source, config: LoraConfig | None) -> Iterator[str]:
     if source.quantized_by:
         yield f"weights are counted dense, though the files are quantised by {source.quantized_by}"
+    if any(is_linear4bit(module) for module in source.model.modules()):
+        yield "the scales of 4-bit weights are not counted"
     method = config.init_lora_weights if config is not None else True
     if isinstance(method, str) and method.startswith(BASE_KEPT):
         kept = sum(layer.weight.nbytes for layer in source.model.modules() if _is_weighted(layer))

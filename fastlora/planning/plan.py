@@ -101,7 +101,7 @@ def plan(
     Args:
         model: a transformers config, its config.json, the folder of a model or of an adapter, a hub id in the local
             cache, or a model, patched or not, which stays as it is.
-        r, targets, dropout, quantize, config: as in `fastlora.patch`; an adapter's folder has its own.
+        r, targets, dropout, quantize, config: as in `fastlora.patch`; where an adapter is, it has its own.
         batch, length: rows and tokens of a step.
         checkpointing: whether activations are recomputed in the backward.
         optimizer: "adamw", "adamw_8bit" (of bitsandbytes), "adafactor" or "sgd".
@@ -117,10 +117,9 @@ def plan(
     where = _device(device)
     source = find_model(model, dtype)
     found, own = source.model, source.adapter
-    settings = (r, targets, dropout, config)
     if own is not None or adapters(found):
-        if settings != (8, None, 0.0, None):
-            raise ValueError("r, targets, dropout, config: expected none with an adapter's own, found some")
+        if (r, targets, dropout, config) != (8, None, 0.0, None) or (quantize and adapters(found)):
+            raise ValueError("r, targets, dropout, config, quantize: expected none where an adapter is, found some")
         config = own
     if not adapters(found):
         config = _patch(found, r, targets, dropout, config, quantize)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..config import CONFIG_FILE, LoraConfig
+from ..layers import LoraLayer, is_linear8bit
 
 SETTINGS_FILE = "config.json"
 
@@ -47,6 +48,8 @@ def find_model(source: Any, dtype: torch.dtype | None) -> Source:
     if isinstance(source, nn.Module):
         if any(type(module).__module__.startswith("peft.") for module in source.modules()):
             raise ValueError("model: expected a model without PEFT's layers, found some; plan its adapter's folder")
+        if any(is_linear8bit(module) and not isinstance(module, LoraLayer) for module in source.modules()):
+            raise ValueError("model: expected one in 8 bits to be patched, found Linear8bitLt; patch it, then plan it")
         return Source(_without_data(source, dtype))
     adapter = None
     if isinstance(source, (str, PathLike)):
@@ -57,8 +60,15 @@ def find_model(source: Any, dtype: torch.dtype | None) -> Source:
     if not hasattr(source, "to_dict") or not hasattr(source, "model_type"):
         raise TypeError(f"model: expected a model, a config, a folder or a config.json, found {type(source).__name__}")
     config = copy.deepcopy(source)
-    quantization = config.__dict__.pop("quantization_config", None) or {}
-    return Source(_build(config, dtype), adapter, quantization.get("quant_method"))
+    quantization = config.__dict__.pop("quantization_config", None)
+    return Source(_build(config, dtype), adapter, None if quantization is None else _method(quantization))
+
+
+def _method(quantization: Any) -> str:
+    """The method of a transformers quantisation config, which may be a dictionary."""
+    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = values.get("quant_method", "an unnamed method")
+    return getattr(method, "value", method)
 
 
 def _base_of(adapter: LoraConfig, folder: Path) -> str | Path:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..layers import is_linear4bit
 from ..prepare import checkpointing_switch
 from .attention import assume_no_padding
 from .layers import find_repeated, only
@@ -58,6 +59,8 @@ def step_memory(model: Any, batch: int, length: int, checkpointing: bool, whole:
     """
     if not hasattr(model, "config"):
         raise ValueError(f"model: expected one of transformers, found {type(model).__name__}")
+    if any(is_linear4bit(module) for module in model.modules()):
+        raise ValueError("model: expected no layers in 4 bits, which bitsandbytes computes with data alone, found some")
     if checkpointing:
         getattr(model, f"{checkpointing_switch(model)}_enable")({"use_reentrant": False})
     model.config.use_cache = False
