@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -32,7 +34,7 @@ from .folder import (
 )
 from .pieces import write_places
 from .plan import NewFile, plan_small_files, plan_weights
-from .shards import find_shards, published, read_json
+from .shards import Shard, find_shards, published, read_json
 
 AnyPath = str | PathLike[str]
 Progress = Callable[[int, int], None]
@@ -134,7 +136,7 @@ def _warn_of_another_base(wanted: str | None, base: Path, settings: dict[str, An
         logger.warning("%s: the adapter was made for %r, and is merged into %r", folder, wanted, str(base))
 
 
-def _manifest(shards: list, base: Path, folders: dict[Path, float]) -> bytes:
+def _manifest(shards: list[Shard], base: Path, folders: dict[Path, float]) -> bytes:
     """What the inputs are, in a text: the files of the first adapter by name, the others by their order."""
     first, *others = folders
     hashes = [[sha256(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE)] for folder in others]
@@ -144,19 +146,27 @@ def _manifest(shards: list, base: Path, folders: dict[Path, float]) -> bytes:
 
 def _write_files(files: list[NewFile], out: Path, device: Any, progress: Progress) -> None:
     done, total = 0, sum(file.size for file in files)
-    for file in files:
-        before = done
-        if not (out / file.name).is_file():
-            for written in _write_file(file, out / file.name, device):
-                done += written
-                progress(done, total)
-        done = before + file.size
-        progress(done, total)
+    # One file is synced while the next one is computed.
+    with ThreadPoolExecutor(1) as publisher:
+        before: Future[None] | None = None
+        for file in files:
+            end = done + file.size
+            if not (out / file.name).is_file():
+                with ExitStack() as stack:
+                    for written in _write_file(file, stack.enter_context(published(out / file.name)), device):
+                        done += written
+                        progress(done, total)
+                    if before is not None:
+                        before.result()
+                    before = publisher.submit(stack.pop_all().close)
+            done = end
+            progress(done, total)
+        if before is not None:
+            before.result()
 
 
-def _write_file(file: NewFile, target: Path, device: Any) -> Iterator[int]:
+def _write_file(file: NewFile, output: BinaryIO, device: Any) -> Iterator[int]:
     """Writes one file, and yields the bytes of every piece."""
-    with published(target) as output:
-        output.write(file.header)
-        output.flush()
-        yield from write_places(output, file.places, device)
+    output.write(file.header)
+    output.flush()
+    yield from write_places(output, file.places, device)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from .change import AbsmaxChange, Change
 from .shards import Entry, fill
@@ -40,12 +43,14 @@ def write_places(output: BinaryIO, places: Iterable[Place], device: Any) -> Iter
     with ExitStack() as stack, _one_torch_thread_each():
         opened: dict[Any, BinaryIO] = {}
         pieces: list[Callable[[], int]] = []
+        # On a GPU, which is fast, one computes while the others read and write.
+        computing = nullcontext() if torch.device(device).type == "cpu" else threading.Lock()
         # The absmax of int8 rows comes from merging them.
         for place in sorted(places, key=lambda place: isinstance(place.change, AbsmaxChange)):
             path = place.entry.path
             if path not in opened:
                 opened[path] = stack.enter_context(path.open("rb"))
-            pieces += _pieces(place, opened[path], output, device)
+            pieces += _pieces(place, opened[path], output, device, computing)
         pool = ThreadPoolExecutor(min(MOST_WORKERS, len(os.sched_getaffinity(0))))
         try:
             for future in as_completed([pool.submit(piece) for piece in pieces]):
@@ -65,24 +70,27 @@ def _one_torch_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _pieces(place: Place, source: BinaryIO, output: BinaryIO, device: Any) -> Iterator[Callable[[], int]]:
+def _pieces(
+    place: Place, source: BinaryIO, output: BinaryIO, device: Any, computing: AbstractContextManager[Any]
+) -> Iterator[Callable[[], int]]:  # fmt: skip
     entry, change = place.entry, place.change
     if change is None:
         for start in range(entry.start, entry.stop, CHUNK):
             size = min(CHUNK, entry.stop - start)
-            yield lambda start=start, size=size: _copy(  # type: ignore[misc]
-                source, start, output, place.start + start - entry.start, size
-            )
+            yield partial(_copy, source, start, output, place.start + start - entry.start, size)
         return
     row_bytes = (entry.stop - entry.start) // max(1, entry.rows)
     for rows in change.steps(entry):
-        yield lambda rows=rows: _write(  # type: ignore[misc]
-            change.rows(entry, source, rows, device), output, place.start + rows.start * row_bytes
-        )
+        compute = partial(change.rows, entry, source, rows, device)
+        yield partial(_write, compute, computing, output, place.start + rows.start * row_bytes)
 
 
-def _write(tensor: torch.Tensor, output: BinaryIO, place: int) -> int:
-    return _write_bytes(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data, output, place)
+def _write(
+    compute: Callable[[], Tensor], computing: AbstractContextManager[Any], output: BinaryIO, place: int
+) -> int:  # fmt: skip
+    with computing:
+        tensor = compute().cpu()
+    return _write_bytes(tensor.contiguous().flatten().view(torch.uint8).numpy().data, output, place)
 
 
 def _write_bytes(data: memoryview, output: BinaryIO, place: int) -> int:
