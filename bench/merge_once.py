@@ -1,6 +1,6 @@
 """One merge on disk: `python bench/merge_once.py BASE ADAPTER OUT` prints its seconds, and how far memory rose and to.
 
-In bytes. A process of its own, so that nobody's freed memory is left for it. The seconds end when the files are on the disk.
+All in bytes. A process of its own, so that nobody's freed memory is left for it. It ends with the files on the disk.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ BROKEN = {
     "pickles-only": (only_pickles, "a pickle, which can run any code and is never read"),
     "header-no-json": (lambda base, _: rewritten_header(base, lambda header: b"[" + header[1:]), "header of the safe"),
     "header-of-numbers": (
-        lambda base, _: rewritten_header(base, lambda header: header.replace(b'"data_offsets":[0', b'"data_offsets":[-8')),
+        lambda base, _: rewritten_header(base, lambda header: header.replace(b'offsets":[0', b'offsets":[-8')),
         "header of the safetensors format",
     ),
     "config-no-json": (lambda base, _: (base / "config.json").write_text("]"), "expected JSON"),

@@ -17,7 +17,7 @@ from .change import Change
 from .int8 import Int8Format, Specs
 from .layout import Layout, lay_out
 from .linears import Linears
-from .pieces import Piece, Place, pieces_of, run, write_at
+from .pieces import Piece, Place, pieces_of, run, turns_on, write_at
 from .report import Difference, LayerError
 from .shards import DTYPES, Entry, published
 
@@ -116,6 +116,7 @@ def write_file_of(
         output.flush()
         yield len(layout.header)
         pieces: list[Piece] = []
+        computing = turns_on(conversion.device)
         for entry in entries:
             if conversion.is_int8(entry):
                 differences[entry.name] = Difference()
@@ -124,7 +125,7 @@ def write_file_of(
                 pieces += _rounded(entry, conversion, source, layout, output)
             else:
                 place = Place(entry, layout.places[entry.name], conversion.changes.get(entry.name))
-                pieces += pieces_of(place, source, output, conversion.device)
+                pieces += pieces_of(place, source, output, conversion.device, computing)
         yield from run(pieces)
     errors += [LayerError(name, difference.relative_rms) for name, difference in differences.items()]
 

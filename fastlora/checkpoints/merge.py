@@ -7,8 +7,10 @@ interrupted merge is taken up again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -71,19 +73,27 @@ def merge_checkpoint(
 
 def _write_files(files: list[NewFile], out: Path, device: Any, progress: Progress) -> None:
     done, total = 0, sum(file.size for file in files)
-    for file in files:
-        before = done
-        if not (out / file.name).is_file():
-            for written in _write_file(file, out / file.name, device):
-                done += written
-                progress(done, total)
-        done = before + file.size
-        progress(done, total)
+    # One file is synced while the next one is computed.
+    with ThreadPoolExecutor(1) as publisher:
+        before: Future[None] | None = None
+        for file in files:
+            end = done + file.size
+            if not (out / file.name).is_file():
+                with ExitStack() as stack:
+                    for written in _write_file(file, stack.enter_context(published(out / file.name)), device):
+                        done += written
+                        progress(done, total)
+                    if before is not None:
+                        before.result()
+                    before = publisher.submit(stack.pop_all().close)
+            done = end
+            progress(done, total)
+        if before is not None:
+            before.result()
 
 
-def _write_file(file: NewFile, target: Path, device: Any) -> Iterator[int]:
+def _write_file(file: NewFile, output: BinaryIO, device: Any) -> Iterator[int]:
     """Writes one file, and yields the bytes of every piece."""
-    with published(target) as output:
-        output.write(file.header)
-        output.flush()
-        yield from write_places(output, file.places, device)
+    output.write(file.header)
+    output.flush()
+    yield from write_places(output, file.places, device)

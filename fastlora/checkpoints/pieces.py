@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from .change import AbsmaxChange, Change
 from .shards import Entry, fill
@@ -42,13 +45,19 @@ def write_places(output: BinaryIO, places: Iterable[Place], device: Any) -> Iter
     with ExitStack() as stack:
         opened: dict[Any, BinaryIO] = {}
         pieces: list[Piece] = []
+        computing = turns_on(device)
         # The absmax of int8 rows comes from merging them.
         for place in sorted(places, key=lambda place: isinstance(place.change, AbsmaxChange)):
             path = place.entry.path
             if path not in opened:
                 opened[path] = stack.enter_context(path.open("rb"))
-            pieces += pieces_of(place, opened[path], output, device)
+            pieces += pieces_of(place, opened[path], output, device, computing)
         yield from run(pieces)
+
+
+def turns_on(device: Any) -> AbstractContextManager[Any]:
+    """What a piece holds while it computes: on a GPU, which is fast, one does while the others read and write."""
+    return nullcontext() if torch.device(device).type == "cpu" else threading.Lock()
 
 
 def run(pieces: Iterable[Piece]) -> Iterator[int]:
@@ -73,24 +82,31 @@ def _one_torch_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def pieces_of(place: Place, source: BinaryIO, output: BinaryIO, device: Any) -> Iterator[Piece]:
+def pieces_of(
+    place: Place, source: BinaryIO, output: BinaryIO, device: Any, computing: AbstractContextManager[Any]
+) -> Iterator[Piece]:  # fmt: skip
     """The work of writing one tensor at its place; each piece returns the bytes that it wrote."""
     entry, change = place.entry, place.change
     if change is None:
         for start in range(entry.start, entry.stop, CHUNK):
             size = min(CHUNK, entry.stop - start)
-            yield lambda start=start, size=size: _copy(  # type: ignore[misc]
-                source, start, output, place.start + start - entry.start, size
-            )
+            yield partial(_copy, source, start, output, place.start + start - entry.start, size)
         return
     row_bytes = (entry.stop - entry.start) // max(1, entry.rows)
     for rows in change.steps(entry):
-        yield lambda rows=rows: write_at(  # type: ignore[misc]
-            change.rows(entry, source, rows, device), output, place.start + rows.start * row_bytes
-        )
+        compute = partial(change.rows, entry, source, rows, device)
+        yield partial(_compute_and_write, compute, computing, output, place.start + rows.start * row_bytes)
 
 
-def write_at(tensor: torch.Tensor, output: BinaryIO, place: int) -> int:
+def _compute_and_write(
+    compute: Callable[[], Tensor], computing: AbstractContextManager[Any], output: BinaryIO, place: int
+) -> int:  # fmt: skip
+    with computing:
+        tensor = compute().cpu()
+    return write_at(tensor, output, place)
+
+
+def write_at(tensor: Tensor, output: BinaryIO, place: int) -> int:
     """Writes a tensor's bytes at a place of a file, and returns how many."""
     return _write_bytes(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data, output, place)
 
