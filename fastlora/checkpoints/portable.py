@@ -121,7 +121,7 @@ def portable_adapter(
     written: dict[str, Tensor] = {}
     for module, (a, b) in pairs.items():
         grown = rank - a.shape[0]
-        b = b * scales[module] if exact else b.float() * scales[module]
+        b = (b.double() * scales[module]).to(b.dtype if exact else torch.float32)
         written[PREFIX + module + A] = F.pad(a if exact else a.float(), (0, 0, 0, grown))
         written[PREFIX + module + B] = F.pad(b, (0, grown))
     if len(set(found.values())) > 1:
