@@ -118,7 +118,7 @@ def output_reduce_tile(arch: int | None, itemsize: int, tokens: int, features: i
         tile = Tile(32, 256, 0, 8, 3)
     elif block_r >= 256:
         tile = Tile(32, 32, 0, 8, 2)
-    elif block_r >= 64 or itemsize > 2:
+    elif block_r >= 64 or itemsize > 2 or arch == 100:
         tile = Tile(16, 64, 0, 8, 2)
     else:
         tile = Tile(16, 128, 0, 4, 2)
