@@ -31,6 +31,8 @@ from .quantize import quantize_rows_launch
 # Bytes of shared memory that one block may have (CUDA C programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 WEIGHT_KERNELS = {"linear", "decode", "input_gradient"}
+# Integers that are no constexprs: their value does not change what is compiled.
+RUN_TIME = {"M", "N", "K", "R", "C", "threshold", "k_per_split", "slice_tokens"}
 FEATURES = 4096
 TOKENS = (1, 64, 512, 8192)
 # Rank and dropout: the frozen layer alone, every padded rank that has tiles of its own, dropout off and on.
@@ -161,16 +163,14 @@ def launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
 
 def _specialisation(launch: Launch) -> tuple:
     """What tells one compilation from another: Triton looks at dtypes, at 1 and at divisibility by 16."""
-    described = []
+    described: list[tuple] = []
     for name, value in launch.arguments.items():
         if isinstance(value, Tensor):
             described.append((name, str(value.dtype)))
         elif isinstance(value, TensorDescriptor):
             described.append((name, str(value.base.dtype), *value.block_shape))
-        elif isinstance(value, int) and not isinstance(value, bool) and name.islower():
+        elif isinstance(value, int) and (name.startswith("stride_") or name in RUN_TIME):
             described.append((name, value == 1, value % 16 == 0, value >= 1 << 31))
-        elif name in ("M", "N", "K", "R", "C"):
-            described.append((name, value == 1, value % 16 == 0))
         else:
             described.append((name, isinstance(value, float) or value))
     return launch.kernel.__name__, *described

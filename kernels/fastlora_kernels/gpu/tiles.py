@@ -15,7 +15,7 @@ import triton
 MAX_RANK = 256
 MAX_BLOCK_R = 64  # a longer rank is summed in steps of this
 LARGE_SHARED_MEMORY = {80, 90, 100}  # at least 160 KB per block; the others have 99 KB
-SPAN = 128  # tokens whose d_s is summed at a time
+SPAN = 256  # tokens whose d_s is summed at a time
 MULTIPROCESSORS = 132  # of an H100 or H200; assumed where no GPU can be asked
 
 
@@ -70,7 +70,7 @@ def linear_tile(arch: int | None, itemsize: int, tokens: int, block_r: int) -> T
     elif block_r >= 64:
         tile = Tile(16 if few else 32, 64, 64, 4, 2)
     elif few:
-        tile = Tile(16, 64, 64, 4, 3)
+        tile = Tile(16, 64, 64 if arch in LARGE_SHARED_MEMORY else 32, 4, 3)
     elif arch in LARGE_SHARED_MEMORY:
         tile = Tile(64, 64, 64, 8 if arch == 100 else 4, 3)
     else:
@@ -81,6 +81,8 @@ def linear_tile(arch: int | None, itemsize: int, tokens: int, block_r: int) -> T
 def decode_tile(arch: int | None, itemsize: int, features_out: int, features_in: int, block_r: int) -> Tile:
     """For one tile of tokens: as `linear_tile`, split until there are two programs per multiprocessor."""
     tile = linear_tile(arch, itemsize, 1, block_r)
+    if block_r >= 64 and arch not in LARGE_SHARED_MEMORY:
+        tile = replace(tile, block_c=tile.block_c // 2)  # spills otherwise
     splits = min(2 * MULTIPROCESSORS // triton.cdiv(features_out, tile.block_n), features_in // (4 * tile.block_c), 16)
     return replace(tile, splits=_power_of_two(max(splits, 1)))
 
@@ -91,27 +93,38 @@ def _power_of_two(most: int) -> int:
 
 def shrink_tile(arch: int | None, itemsize: int, tokens: int, features: int, block_r: int) -> Tile:
     """For `[M, C] @ [C, R]`: block_m tokens, block_c contracted, split until every multiprocessor has a program."""
-    block_m = 16 if tokens <= 16 or block_r >= 256 else 32
-    splits = min(MULTIPROCESSORS // triton.cdiv(max(tokens, 1), block_m), features // 512, 16)
-    tile = Tile(block_m, 0, 32 if block_r >= 128 else 64, 4, 2, splits=_power_of_two(max(splits, 1)))
+    wide = _reads_wide(arch, itemsize, block_r) and tokens > 16
+    block_m = 64 if wide else 16 if tokens <= 16 or block_r >= 256 else 32
+    splits = min((2 if wide else 1) * MULTIPROCESSORS // triton.cdiv(max(tokens, 1), block_m), features // 512, 16)
+    tile = Tile(block_m, 0, 32 if block_r >= 128 else 64, 4, 4 if wide else 2, splits=_power_of_two(max(splits, 1)))
     return _fitted(tile, arch, itemsize)
+
+
+def _reads_wide(arch: int | None, itemsize: int, block_r: int) -> bool:
+    """Whether a Hopper GPU has room for the loads in flight that its memory wants: about 40 KB per multiprocessor."""
+    return arch == 90 and itemsize == 2 and block_r <= 64
 
 
 def token_reduce_tile(arch: int | None, itemsize: int, block_r: int) -> Tile:
     """For `[M, R]^T @ [M, C]`: block_m tokens per step, block_n columns of C."""
-    tile = Tile(32, 32 if block_r >= 128 else 64, 0, 4, 2)
-    return _fitted(tile, arch, itemsize)
+    if _reads_wide(arch, itemsize, block_r):
+        return Tile(64, 128, 0, 4, 3)
+    return _fitted(Tile(32, 32 if block_r >= 128 else 64, 0, 4, 2), arch, itemsize)
 
 
 def output_reduce_tile(arch: int | None, itemsize: int, tokens: int, features: int, block_r: int) -> Tile:
     """For `[M, N]` read once: tiles wide and slices long, which keeps the parts small, one per multiprocessor."""
-    if block_r >= 64 or itemsize > 2:
-        block_m, block_n, warps = 16, 64, 8 if block_r >= 256 else 4
+    if _reads_wide(arch, itemsize, block_r):
+        tile = Tile(32, 256, 0, 8, 3)
+    elif block_r >= 256:
+        tile = Tile(32, 32, 0, 8, 2)
+    elif block_r >= 64 or itemsize > 2 or arch == 100:
+        tile = Tile(16, 64, 0, 8, 2)
     else:
-        block_m, block_n, warps = 32, 256, 8
+        tile = Tile(16, 128, 0, 4, 2)
     spans = triton.cdiv(max(tokens, 1), SPAN)
-    slices = max(1, 2 * MULTIPROCESSORS // triton.cdiv(features, block_n))
-    return Tile(block_m, block_n, 0, warps, 2, splits=triton.cdiv(spans, min(slices, spans)))
+    slices = max(1, 2 * MULTIPROCESSORS // triton.cdiv(features, tile.block_n))
+    return replace(tile, splits=triton.cdiv(spans, min(slices, spans)))
 
 
 def merge_tile() -> Tile:
