@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..reference.mixed import chosen_columns
+from .checks import check_rank
 from .input_gradient import input_gradient
-from .launch import check_rank
 from .linear import expand
 from .shrink import shrink
 from .tiles import MAX_RANK
