@@ -85,7 +85,7 @@ def lora_linear_group(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The contract is in `reference.lora_linear_group`. Ranks up to 256."""
     layers = list(zip(ws, w_scales, biases, a_s, b_s, scales, ps, seeds, strict=True))
-    plans = [_plan("forward", x, *layer[:2], layer[3], layer[6]) for layer in layers]
+    plans = [_plan("forward", x, w, w_scale, a, p) for w, w_scale, _, a, _, _, p, _ in layers]
     one_launch = any(plan.kind in ("decode", "fused") for plan in plans)
     if one_launch or len(set(ps)) > 1 or sum(a.shape[0] for a in a_s) > MAX_RANK:
         results = [lora_linear(x, *layer) for layer in layers]
