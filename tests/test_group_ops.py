@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accuracy import compare, to_float64
-from inputs import DTYPES, linear_inputs
+from inputs import linear_inputs
 from torch.library import opcheck
 
 from fastlora import ops
@@ -55,8 +55,9 @@ def check(room, name, inputs):
     compare(flat(getattr(room, name)), flat(getattr(reference, name)), inputs)
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["dense", "int8"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "int8"), [(torch.float32, False), (torch.float16, True), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS.keys())
 def test_matches_reference(room, where, group, dtype, int8):
     check(room, "lora_linear_group", group_inputs(group, dtype, where, int8=int8))

@@ -136,12 +136,13 @@ class LinearLayer(FrozenLinear):
         """Each row of the batch with its own adapter."""
         if not mix.adapters:
             return self._frozen(x, bias)
-        y, probability = None, {name: self.lora_dropout[name] if self.training else 0.0 for name in mix.adapters}
-        for p in sorted(set(probability.values())):
-            names = [name for name in mix.adapters if probability[name] == p]
-            lookup = [names.index(name) if name in names else -1 for name in (*mix.adapters, None)]
-            rows = mix.rows if len(names) == len(mix.adapters) else mix.rows.new_tensor(lookup)[mix.rows]
-            y = self._rows_with(names, x, bias, rows, p) if y is None else self._rows_added(y, names, x, rows, p)
+        by_probability: dict[float, list[str]] = {}
+        for name in mix.adapters:
+            by_probability.setdefault(self.lora_dropout[name] if self.training else 0.0, []).append(name)
+        (p, names), *others = sorted(by_probability.items())
+        y = self._rows_with(names, x, bias, mix.among(names), p)
+        for p, names in others:
+            y = self._rows_added(y, names, x, mix.among(names), p)
         if self._has_bias(mix.adapters):
             zero = y.new_zeros(y.shape[-1])
             biases = [self._bias_of((name,)) if name in self.lora_B_bias else zero for name in mix.adapters]

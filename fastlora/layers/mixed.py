@@ -27,6 +27,14 @@ class Mix:
     adapters: tuple[str, ...]
     rows: Tensor
 
+    def among(self, names: list[str]) -> Tensor:
+        """The rows as indices into some of the names; -1 for the other adapters, too."""
+        if len(names) == len(self.adapters):
+            return self.rows
+        # The last element, which -1 picks, stands for no adapter.
+        lookup = [names.index(name) if name in names else -1 for name in (*self.adapters, None)]
+        return self.rows.new_tensor(lookup)[self.rows]
+
 
 def add_low_rank(y: Tensor, x: Tensor, rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`y_row + B_e A_e x_row`.

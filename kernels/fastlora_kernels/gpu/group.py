@@ -14,16 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import drop_threshold
-from .input_gradient import input_gradient
+from .checks import check_operands
 from .jit import convert, dot, dropout_keys, keep_mask, load_tile
-from .launch import Launch, check_rank, device_arch, next_block, operand
-from .linear import expand
-from .lora_linear import lora_linear
+from .launch import Launch, device_arch, device_name, next_block, operand
+from .lora_linear import lora_linear, planned_expand
+from .lora_linear_backward import planned_backward
+from .plan import Plan, choose_plan
 from .shrink import shrink
 from .tiles import MAX_RANK, Tile, shrink_tile
-from .token_reduce import token_reduce
-
-FEW_TOKENS = 64  # up to here each layer's own single pass reads little of x, and one launch is one launch
 
 
 @triton.jit
@@ -86,15 +84,24 @@ def lora_linear_group(
     seeds: Sequence[Tensor | None],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The contract is in `reference.lora_linear_group`. Ranks up to 256."""
-    for a in a_s:
-        check_rank(a.shape[0], MAX_RANK)
-    if x.shape[0] <= FEW_TOKENS or len(set(ps)) > 1 or sum(a.shape[0] for a in a_s) > MAX_RANK:
-        layers = zip(ws, w_scales, biases, a_s, b_s, scales, ps, seeds, strict=True)
+    layers = list(zip(ws, w_scales, biases, a_s, b_s, scales, ps, seeds, strict=True))
+    plans = [_plan("forward", x, w, w_scale, a, p) for w, w_scale, _, a, _, _, p, _ in layers]
+    one_launch = any(plan.kind in ("decode", "fused") for plan in plans)
+    if one_launch or len(set(ps)) > 1 or sum(a.shape[0] for a in a_s) > MAX_RANK:
         results = [lora_linear(x, *layer) for layer in layers]
         return [y for y, _ in results], [s for _, s in results]
+    for w, w_scale, bias, a, b, _, _, seed in layers:
+        check_operands(x, w, w_scale, a, b, bias=bias, seed=seed)
     ss = _shrink_all(x, a_s, ps[0], seeds)
-    layers = zip(ws, w_scales, biases, ss, b_s, scales, strict=True)
-    return [expand(x, *layer) for layer in layers], ss
+    given = zip(plans, ws, w_scales, biases, ss, b_s, scales, strict=True)
+    return [planned_expand(plan, x, *layer) for plan, *layer in given], ss
+
+
+def _plan(which: str, x: Tensor, w: Tensor, w_scale: Tensor | None, a: Tensor, p: float) -> Plan:
+    """The plan of one layer by itself; x stands for d_y in the backward."""
+    (N, K), device = w.shape, x.device
+    size = x.shape[0], N, K, a.shape[0]
+    return choose_plan(device_arch(device), x.dtype, *size, w_scale is not None, p, which, device_name(device))
 
 
 def _shrink_all(x: Tensor, a_s: Sequence[Tensor], p: float, seeds: Sequence[Tensor | None]) -> list[Tensor]:
@@ -129,23 +136,17 @@ def lora_linear_group_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The contract is in `reference.lora_linear_group_backward`. Ranks up to 256; the same inputs, the same bits."""
     d_as, d_bs = [a.new_empty(0) for a in a_s], [b.new_empty(0) for b in b_s]
-    d_x = d_s = None
+    d_x = None
     for i, d_y in enumerate(d_ys):
         if d_y is None:
             continue
-        if needs_x or needs_a[i]:
-            d_s = shrink(d_y, b_s[i].T, scale=scales[i])
-        if needs_a[i]:
-            d_as[i] = torch.empty_like(a_s[i], memory_format=torch.contiguous_format)
-            token_reduce(d_s, x, 1.0, ps[i], seeds[i], out=d_as[i])
-        if needs_b[i]:
-            d_bs[i] = torch.empty_like(b_s[i], memory_format=torch.contiguous_format)
-            token_reduce(ss[i], d_y, scales[i], out=d_bs[i].T)
-        if needs_x:
-            layer = ws[i], w_scales[i], d_s, a_s[i], ps[i], seeds[i]
-            d_x = input_gradient(d_y, *layer, out=d_x, accumulate=d_x is not None)
-    return ws[0].new_empty(0, dtype=_dtype(d_ys)) if d_x is None else d_x, d_as, d_bs
-
-
-def _dtype(d_ys: Sequence[Tensor | None]) -> torch.dtype:
-    return next(d_y.dtype for d_y in d_ys if d_y is not None)
+        layer = ws[i], w_scales[i], a_s[i], b_s[i]
+        check_operands(x, *layer, d_y=d_y, s=ss[i], seed=seeds[i])
+        plan = _plan("backward", d_y, ws[i], w_scales[i], a_s[i], ps[i])
+        needs = needs_x, needs_a[i], needs_b[i]
+        part, d_a, d_b = planned_backward(
+            plan, d_y, x, ss[i], *layer, scales[i], ps[i], seeds[i], *needs, out=d_x
+        )  # fmt: skip
+        d_x = part if needs_x else None
+        d_as[i], d_bs[i] = d_a if needs_a[i] else d_as[i], d_b if needs_b[i] else d_bs[i]
+    return next(d_y for d_y in d_ys if d_y is not None).new_empty(0) if d_x is None else d_x, d_as, d_bs

@@ -46,13 +46,20 @@ def planned_forward(
     if plan.kind in ("decode", "fused"):
         return _one_launch(plan, x, w, w_scale, bias, a, b, scale, p, seed)
     s = x.new_empty(x.shape[0], 0) if a is None else shrink(x, a, p, seed)
-    given = None if a is None else s
+    return planned_expand(plan, x, w, w_scale, bias, None if a is None else s, b, scale), s
+
+
+def planned_expand(
+    plan: Plan, x: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, s: Tensor | None, b: Tensor | None,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """y for a given s, by a plan that is not one launch."""
     dense = dense_copy(w, w_scale, x.dtype) if plan.kind in ("scratch", "cublas") else None
     if dense is None:
-        return expand(x, w, w_scale, bias, given, b, scale, tile=plan.tile), s
+        return expand(x, w, w_scale, bias, s, b, scale, tile=plan.tile)
     if plan.kind == "scratch":
-        return expand(x, dense, None, bias, given, b, scale, tile=plan.tile), s
-    return _seeded(x, dense, bias, given, b, scale), s
+        return expand(x, dense, None, bias, s, b, scale, tile=plan.tile)
+    return _seeded(x, dense, bias, s, b, scale)
 
 
 def _one_launch(

@@ -50,8 +50,9 @@ def lora_linear_backward(
 def planned_backward(
     plan: Plan, d_y: Tensor, x: Tensor | None, s: Tensor | None, w: Tensor, w_scale: Tensor | None, a: Tensor | None,
     b: Tensor | None, scale: float, p: float, seed: Tensor | None, needs_x: bool, needs_a: bool, needs_b: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`lora_linear_backward` by a given plan: "two_pass", "scratch" or "cublas"."""
+    """`lora_linear_backward` by a given plan: "two_pass", "scratch" or "cublas"; d_x is added to `out` if given."""
     d_x, d_a, d_b, d_s = d_y.new_empty(0), d_y.new_empty(0), d_y.new_empty(0), None
     if a is not None and b is not None:
         needs_d_s = needs_x or needs_a
@@ -62,20 +63,20 @@ def planned_backward(
             d_a = torch.empty_like(a, memory_format=torch.contiguous_format)
             token_reduce(d_s, x, 1.0, p, seed, out=d_a)
     if needs_x:
-        d_x = _planned_input_gradient(plan, d_y, w, w_scale, d_s, a, p, seed)
+        d_x = _planned_input_gradient(plan, d_y, w, w_scale, d_s, a, p, seed, out)
     return d_x, d_a, d_b
 
 
 def _planned_input_gradient(
     plan: Plan, d_y: Tensor, w: Tensor, w_scale: Tensor | None, d_s: Tensor | None, a: Tensor | None,
-    p: float, seed: Tensor | None,
+    p: float, seed: Tensor | None, out: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    dense = dense_copy(w, w_scale, d_y.dtype) if plan.kind in ("scratch", "cublas") else None
+    dense, add = dense_copy(w, w_scale, d_y.dtype) if plan.kind in ("scratch", "cublas") else None, out is not None
     if dense is None:
-        return input_gradient(d_y, w, w_scale, d_s, a, p, seed, tile=plan.tile)
+        return input_gradient(d_y, w, w_scale, d_s, a, p, seed, out, add, tile=plan.tile)
     if plan.kind == "scratch":
-        return input_gradient(d_y, dense, None, d_s, a, p, seed, tile=plan.tile)
+        return input_gradient(d_y, dense, None, d_s, a, p, seed, out, add, tile=plan.tile)
     if a is None:
-        return d_y @ dense
-    d_x = input_gradient(d_y[:, :0], dense[:0], None, d_s, a, p, seed)
+        return d_y @ dense if out is None else out.addmm_(d_y, dense)
+    d_x = input_gradient(d_y[:, :0], dense[:0], None, d_s, a, p, seed, out, add)
     return d_x.addmm_(d_y, dense)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..reference.mixed import chosen_columns
+from ..reference.mixed import own_columns
+from .checks import check_rank
 from .input_gradient import input_gradient
-from .launch import check_rank
 from .linear import expand
 from .shrink import shrink
 from .tiles import MAX_RANK
@@ -32,11 +32,11 @@ def _parts(ranks: Sequence[int]) -> list[slice]:
     return [*parts, slice(first, last)]
 
 
-def _own(s_of: Callable[[slice], Tensor], ranks: Sequence[int], chosen: Tensor) -> Tensor:
+def _own(s_of: Callable[[slice], Tensor], ranks: Sequence[int], own: Tensor) -> Tensor:
     """s of all adapters `[M, sum of ranks]`, zero at the tokens of others."""
     pieces = [s_of(part) for part in _parts(ranks)]
     s = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-    return s.masked_fill_(chosen == 0, 0.0)
+    return s.masked_fill_(~own, 0.0)
 
 
 def _scaled(b: Tensor, ranks: Sequence[int], scales: Sequence[float]) -> Tensor:
@@ -59,8 +59,8 @@ def lora_linear_mixed(
     seed: Tensor | None,
 ) -> Tensor:
     """The contract is in `reference.lora_linear_mixed`. Ranks up to 256 each."""
-    chosen = chosen_columns(rows, ranks, [1.0] * len(ranks), x.shape[0])
-    s = _own(lambda part: shrink(x, a[part], p, seed), ranks, chosen)
+    own = own_columns(rows, ranks, x.shape[0])
+    s = _own(lambda part: shrink(x, a[part], p, seed), ranks, own)
     return expand(x, w, w_scale, bias, s, _scaled(b, ranks, scales), 1.0)
 
 
@@ -82,16 +82,16 @@ def lora_linear_mixed_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The contract is in `reference.lora_linear_mixed_backward`. Ranks up to 256 each."""
     d_x, d_a, d_b = d_y.new_empty(0), a.new_empty(0), b.new_empty(0)
-    chosen = chosen_columns(rows, ranks, [1.0] * len(ranks), d_y.shape[0])
+    own = own_columns(rows, ranks, d_y.shape[0])
     scaled = _scaled(b, ranks, scales)
-    d_s = _own(lambda part: shrink(d_y, scaled[:, part].T), ranks, chosen)
+    d_s = _own(lambda part: shrink(d_y, scaled[:, part].T), ranks, own)
     if needs_a and x is not None:
         d_a = torch.empty_like(a, memory_format=torch.contiguous_format)
         for part in _parts(ranks):
             token_reduce(d_s[:, part], x, 1.0, p, seed, out=d_a[part])
     if needs_b and x is not None:
         d_b = torch.empty(b.shape, dtype=scaled.dtype, device=b.device)
-        s = _own(lambda part: shrink(x, a[part], p, seed), ranks, chosen)
+        s = _own(lambda part: shrink(x, a[part], p, seed), ranks, own)
         for part in _parts(ranks):
             token_reduce(s[:, part], d_y, out=d_b[:, part].T)
         d_b = _scaled(d_b, ranks, scales).to(b.dtype)

@@ -37,8 +37,8 @@ def lora_linear_mixed(
         y `[M, N]` in the dtype of x.
     """
     y, _ = lora_linear(x, w, w_scale, bias, None, None, 1.0, 0.0, None)
-    chosen = chosen_columns(rows, ranks, scales, x.shape[0]).to(x.dtype)
-    s = (dropped(x, p, seed) @ a.to(x.dtype).T) * chosen
+    factors = _factors(rows, ranks, scales, x.shape[0], x.dtype)
+    s = (dropped(x, p, seed) @ a.to(x.dtype).T) * factors
     return y + s @ b.to(x.dtype).T
 
 
@@ -71,21 +71,27 @@ def lora_linear_mixed_backward(
     layer = None, w, w_scale, None, None, 1.0, 0.0, None
     d_x, d_a, d_b = lora_linear_backward(d_y, None, *layer, needs_x, False, False)
     d_a, d_b = a.new_empty(0), b.new_empty(0)
-    chosen = chosen_columns(rows, ranks, scales, d_y.shape[0]).to(d_y.dtype)
-    d_s = (d_y @ b.to(d_y.dtype)) * chosen
+    factors = _factors(rows, ranks, scales, d_y.shape[0], d_y.dtype)
+    d_s = (d_y @ b.to(d_y.dtype)) * factors
     if needs_x:
         d_x = d_x + dropped(d_s @ a.to(d_y.dtype), p, seed)
     if needs_a and x is not None:
         d_a = (d_s.T @ dropped(x, p, seed)).to(a.dtype)
     if needs_b and x is not None:
-        s = (dropped(x, p, seed) @ a.to(x.dtype).T) * chosen
+        s = (dropped(x, p, seed) @ a.to(x.dtype).T) * factors
         d_b = (d_y.T @ s).to(b.dtype)
     return d_x, d_a, d_b
 
 
-def chosen_columns(rows: Tensor, ranks: Sequence[int], scales: Sequence[float], tokens: int) -> Tensor:
-    """float32 `[M, sum of ranks]`: an adapter's scale in its columns and at its tokens, zero elsewhere."""
-    owners = torch.cat([torch.full((rank,), e, device=rows.device) for e, rank in enumerate(ranks)])
-    factors = torch.cat([torch.full((r,), s, device=rows.device) for r, s in zip(ranks, scales, strict=True)])
-    per_token = rows.repeat_interleave(tokens // rows.shape[0], output_size=tokens)
-    return torch.where(per_token[:, None] == owners, factors.float(), 0.0)
+def own_columns(rows: Tensor, ranks: Sequence[int], tokens: int) -> Tensor:
+    """bool `[M, sum of ranks]`: true in the columns of each token's adapter."""
+    owners = torch.cat([torch.full((rank,), adapter, device=rows.device) for adapter, rank in enumerate(ranks)])
+    return rows.repeat_interleave(tokens // rows.shape[0], output_size=tokens)[:, None] == owners
+
+
+def _factors(rows: Tensor, ranks: Sequence[int], scales: Sequence[float], tokens: int, dtype: torch.dtype) -> Tensor:
+    """`[M, sum of ranks]`: the scale of each token's adapter in its columns, zero elsewhere."""
+    scale = torch.cat(
+        [torch.full((r,), s, dtype=dtype, device=rows.device) for r, s in zip(ranks, scales, strict=True)]
+    )
+    return own_columns(rows, ranks, tokens) * scale
