@@ -107,7 +107,7 @@ class LinearLayer(FrozenLinear):
         scaled = any(adapter in self.lora_magnitude for adapter in adapters)
         if len(adapters) > 1 and (drops or scaled):
             return f"several adapters with {'dropout' if drops else 'DoRA'}"
-        if len(adapters) == 1 and drops and not self._is_plain(adapters[0]):
+        if drops and (scaled or self._has_bias(adapters)):
             return f"{'DoRA' if scaled else 'a bias of B'} with dropout"
         return None
 
