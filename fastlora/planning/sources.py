@@ -68,7 +68,7 @@ def _method(quantization: Any) -> str:
     """The method of a transformers quantisation config, which may be a dictionary."""
     values = quantization if isinstance(quantization, dict) else quantization.to_dict()
     method = values.get("quant_method", "an unnamed method")
-    return getattr(method, "value", method)
+    return str(getattr(method, "value", method))
 
 
 def _base_of(adapter: LoraConfig, folder: Path) -> str | Path:
