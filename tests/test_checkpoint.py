@@ -1,18 +1,16 @@
 """Merging on disk: the same bits as merging in memory, and a folder that is whole or not there."""
 
 import errno
-import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import peft
 import pytest
 import torch
-import transformers
-from models import make_batch, make_model
+from checkpoints import change_json, change_tensors, contents, make_adapter, make_base, read, weights
+from models import make_batch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -29,43 +27,6 @@ FEATURES = {
     "dora": {"use_dora": True},
     "biases": {"bias": "all"},
 }
-
-
-def randomise(model) -> None:
-    """Values for everything that an adapter trains, which zeros would hide."""
-    generator = torch.Generator().manual_seed(5)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            change = torch.randn(parameter.shape, generator=generator) * 0.05
-            parameter.data.copy_(parameter.data + change.to(parameter.dtype))
-
-
-def make_adapter(base: Path, folder: Path, **settings) -> Path:
-    """A trained adapter, written by PEFT."""
-    model = peft.get_peft_model(read(base), peft.LoraConfig(**({"r": 4, "lora_alpha": 6} | settings)))
-    randomise(model)
-    model.save_pretrained(folder)
-    return folder
-
-
-def make_base(name: str, dtype: torch.dtype, folder: Path, shards: bool = True) -> Path:
-    model = make_model(name, dtype)
-    model.save_pretrained(folder, max_shard_size="40KB" if shards else "1GB")
-    (folder / "tokenizer.json").write_text('{"a": 1}')
-    (folder / "optimizer.bin").write_bytes(b"pickle")
-    return folder
-
-
-def read(folder: Path):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-def weights(folder: Path) -> dict:
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
 def check_merged(base: Path, adapter: Path, out: Path) -> None:
@@ -195,16 +156,6 @@ def folders(tmp_path):
     return base, make_adapter(base, tmp_path / "adapter", target_modules=LLAMA), tmp_path / "out"
 
 
-def change_tensors(folder: Path, change) -> None:
-    tensors = load_file(folder / "adapter_model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "adapter_model.safetensors")
-
-
-def change_json(file: Path, **values) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 REFUSED_TENSORS = {
     "half": (lambda t: t.pop(f"{Q}.lora_B.weight"), "expected .*lora_B.weight"),
@@ -278,29 +229,6 @@ def test_refused_bases_write_nothing(folders):
     with pytest.raises(ValueError, match="found none"):
         fastlora.merge_checkpoint(base, adapter, out)
     assert not out.exists()
-
-
-@pytest.mark.parametrize("settings", [{"target_modules": ["wte"]},
-                                      {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"]}],
-                         ids=["embedding", "head"])  # fmt: skip
-def test_tied_weights_are_refused(settings, tmp_path):
-    base = make_base("gpt2", torch.float32, tmp_path / "base")
-    adapter = make_adapter(base, tmp_path / "adapter", fan_in_fan_out=True, **settings)
-    with pytest.raises(ValueError, match="tied"):
-        fastlora.merge_checkpoint(base, adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("name", "tie"), [("gpt2", None), ("llama", True)])
-def test_ties_are_found_where_the_files_do_not_tell(name, tie, tmp_path):
-    """A config of an older release may not say that they are tied; one that says so is tied again when it is loaded."""
-    base = make_base(name, torch.float32, tmp_path / "base")
-    target = {"gpt2": "wte", "llama": "embed_tokens"}[name]
-    adapter = make_adapter(base, tmp_path / "adapter", target_modules=[target])
-    change_json(base / "config.json", tie_word_embeddings=tie)
-    with pytest.raises(ValueError, match="tied"):
-        fastlora.merge_checkpoint(base, adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_an_embedding_of_a_model_without_a_head(tmp_path):

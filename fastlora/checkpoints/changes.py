@@ -70,7 +70,12 @@ def find_all_changes(
     finder = _Finder(with_head(entries, ends))
     for adapter in adapters:
         finder.add(adapter)
-    return finder.changes, ends is not None and settle(finder.changes, ends, untie)
+    changes = finder.changes
+    untied = ends is not None and settle(changes, ends, untie)
+    for name, change in changes.items():
+        if change.tokens is not None and change.terms:
+            raise ValueError(f"adapter: expected one change of {name}, found LoRA and trained tokens")
+    return {name: change for name, change in changes.items() if untied or name in entries}, untied
 
 
 class _Finder:
@@ -152,7 +157,9 @@ class _Finder:
         entry, change = self._change(f"{module}.weight", key)
         indices = config.trainable_token_indices
         if isinstance(indices, dict):
-            indices = next((ids for name, ids in indices.items() if f".{module}".endswith(f".{name}")), None)
+            named = [ids for name, ids in indices.items() if f".{module}".endswith(f".{name}")]
+            # A head that is tied to the embedding may be in the file as well.
+            indices = next(iter(named or indices.values()))
         _check_shape(key, rows.shape, (len(indices or []), *entry.shape[1:]))
         tokens = torch.tensor(indices)
         if not ((tokens >= 0) & (tokens < entry.rows)).all():

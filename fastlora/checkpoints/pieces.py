@@ -8,23 +8,29 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from .change import AbsmaxChange, Change
-from .shards import Entry, fill
+from .shards import Entry, fill, published
 
 CHUNK = 1 << 23  # bytes copied at once
+WRITE = 1 << 20  # bytes of a call; for twice as many the system looks for such large pages that it takes twice as long
 MOST_WORKERS = 8  # each of which holds a block of a tensor or two
 # What copy_file_range says where it does not work between two files.
 NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 Piece = Callable[[], int]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -36,18 +42,54 @@ class Place:
     change: Change | None
 
 
+def write_files(
+    out: Path, sizes: Mapping[str, int], write: Callable[[str, BinaryIO], Iterator[int]], progress: Progress
+) -> None:  # fmt: skip
+    """Writes the files of a folder that are not there yet.
+
+    Args:
+        sizes: of the files, in bytes, by name.
+        write: writes the file of a name, and yields the bytes of every piece.
+        progress: called with the bytes written and their total.
+    """
+    done, total = 0, sum(sizes.values())
+    # One file is synced while the next one is computed.
+    with ThreadPoolExecutor(1) as publisher:
+        before: Future[None] | None = None
+        for name, size in sizes.items():
+            end = done + size
+            if not (out / name).is_file():
+                with ExitStack() as stack:
+                    for written in write(name, stack.enter_context(published(out / name))):
+                        done += written
+                        progress(done, total)
+                    if before is not None:
+                        before.result()
+                    before = publisher.submit(stack.pop_all().close)
+            done = end
+            progress(done, total)
+        if before is not None:
+            before.result()
+
+
 def write_places(output: BinaryIO, places: Iterable[Place], device: Any) -> Iterator[int]:
     """Writes tensors at their places in a file, in any order, and yields the bytes of every piece."""
     with ExitStack() as stack:
         opened: dict[Any, BinaryIO] = {}
         pieces: list[Piece] = []
+        computing = computing_on(device)
         # The absmax of int8 rows comes from merging them.
         for place in sorted(places, key=lambda place: isinstance(place.change, AbsmaxChange)):
             path = place.entry.path
             if path not in opened:
                 opened[path] = stack.enter_context(path.open("rb"))
-            pieces += pieces_of(place, opened[path], output, device)
+            pieces += pieces_of(place, opened[path], output, device, computing)
         yield from run(pieces)
+
+
+def computing_on(device: Any) -> AbstractContextManager[Any]:
+    """What a piece enters to compute. On a GPU, which is fast, one computes while the others read and write."""
+    return nullcontext() if torch.device(device).type == "cpu" else threading.Lock()
 
 
 def run(pieces: Iterable[Piece]) -> Iterator[int]:
@@ -72,32 +114,39 @@ def _one_torch_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def pieces_of(place: Place, source: BinaryIO, output: BinaryIO, device: Any) -> Iterator[Piece]:
+def pieces_of(
+    place: Place, source: BinaryIO, output: BinaryIO, device: Any, computing: AbstractContextManager[Any]
+) -> Iterator[Piece]:  # fmt: skip
     """The work of writing one tensor at its place; each piece returns the bytes that it wrote."""
     entry, change = place.entry, place.change
     if change is None:
         for start in range(entry.start, entry.stop, CHUNK):
             size = min(CHUNK, entry.stop - start)
-            yield lambda start=start, size=size: _copy(  # type: ignore[misc]
-                source, start, output, place.start + start - entry.start, size
-            )
+            yield partial(_copy, source, start, output, place.start + start - entry.start, size)
         return
     row_bytes = (entry.stop - entry.start) // max(1, entry.rows)
     for rows in change.steps(entry):
-        yield lambda rows=rows: write_at(  # type: ignore[misc]
-            change.rows(entry, source, rows, device), output, place.start + rows.start * row_bytes
-        )
+        compute = partial(change.rows, entry, source, rows, device)
+        yield partial(_write, compute, computing, output, place.start + rows.start * row_bytes)
 
 
-def write_at(tensor: torch.Tensor, output: BinaryIO, place: int) -> int:
-    """Writes a tensor's bytes at a place of a file, and returns how many."""
-    return _write_bytes(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data, output, place)
+def _write(
+    compute: Callable[[], Tensor], computing: AbstractContextManager[Any], output: BinaryIO, place: int
+) -> int:  # fmt: skip
+    with computing:
+        tensor = compute().cpu()
+    return write_at(tensor, output, place)
+
+
+def write_at(tensor: Tensor, output: BinaryIO, place: int) -> int:
+    """Writes the bytes of a tensor in the CPU's memory at a place of a file, and returns how many."""
+    return _write_bytes(tensor.contiguous().flatten().view(torch.uint8).numpy().data, output, place)
 
 
 def _write_bytes(data: memoryview, output: BinaryIO, place: int) -> int:
     done = 0
     while done < len(data):
-        done += os.pwrite(output.fileno(), data[done:], place + done)
+        done += os.pwrite(output.fileno(), data[done : done + WRITE], place + done)
     _begin_writing(output, place, done)
     return done
 

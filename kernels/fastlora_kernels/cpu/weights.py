@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import reference
 
 BLOCK_ELEMENTS = 1 << 18
-# Of a float64 sum: 512 KiB. Few rows or few columns make the matrix product slow.
-TILE_ROWS = 64
+# Of a float64 sum: 1 MiB. Fewer rows or columns make the matrix product slow, more leave the cache.
+TILE_ROWS = 128
 TILE_COLUMNS = 1024
 
 
@@ -35,18 +37,24 @@ def _merge_dense(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     for columns in _blocks(w.shape[1], TILE_COLUMNS):
         for rows in _blocks(w.shape[0], TILE_ROWS):
             tile = w[rows, columns]
-            total = torch.mm(b[rows], a[:, columns], out=buffer[: tile.numel()].view(tile.shape))
-            # In the reference's steps, each rounded: a factor inside the product would change the last bit of a few.
-            merged[rows, columns] = total.mul_(scale).add_(tile)
+            total = buffer[: tile.numel()].view(tile.shape)
+            merged[rows, columns] = _added(total.copy_(tile), a[:, columns], b[rows], scale)
     return merged
+
+
+def _added(total: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Adds `scale * b @ a` in float64, in place, with what the reference rounds rounded too."""
+    if abs(math.frexp(scale)[0]) == 0.5:  # a power of two rounds nothing, so that one pass does it all
+        return total.addmm_(b, a, alpha=scale)
+    return total.add_((b @ a).mul_(scale))
 
 
 def _merge_int8(w: Tensor, w_scale: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     merged, merged_scale = torch.empty_like(w), torch.empty(w.shape[0], dtype=torch.float32)
-    for rows in _blocks(w.shape[0], TILE_ROWS // 2):  # whole ones, which share a scale
-        total = torch.mm(b[rows], a).mul_(scale)
-        total.add_(w[rows].double().mul_(w_scale[rows].double()[:, None]))
-        merged[rows], merged_scale[rows] = reference.quantize_rows(total.float())
+    step = max(8, TILE_ROWS * TILE_COLUMNS // max(1, w.shape[1]))
+    for rows in _blocks(w.shape[0], step):  # whole ones, which share a scale
+        total = w[rows].double().mul_(w_scale[rows].double()[:, None])
+        merged[rows], merged_scale[rows] = reference.quantize_rows(_added(total, a, b[rows], scale).float())
     return merged, merged_scale
 
 
