@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, BinaryIO
 
 import torch
@@ -17,9 +17,9 @@ from .change import Change
 from .int8 import Int8Format, Specs
 from .layout import Layout, lay_out
 from .linears import Linears
-from .pieces import Piece, Place, pieces_of, run, turns_on, write_at
+from .pieces import Piece, Place, computing_on, pieces_of, run, write_at
 from .report import Difference, LayerError
-from .shards import DTYPES, Entry, published
+from .shards import DTYPES, Entry
 
 CACHED = 1 << 18  # elements quantised at once, which stay in a core's cache
 
@@ -101,8 +101,8 @@ def specs_of(entries: list[Entry], conversion: Conversion) -> Specs:
     return {name: spec for entry in entries for name, spec in conversion.specs(entry).items()}
 
 
-def write_file_of(
-    entries: list[Entry], conversion: Conversion, target: Path, errors: list[LayerError]
+def write_tensors(
+    entries: list[Entry], conversion: Conversion, output: BinaryIO, errors: list[LayerError]
 ) -> Iterator[int]:  # fmt: skip
     """Writes one file, yields the bytes of every piece, and notes the errors of its int8 weights.
 
@@ -110,70 +110,69 @@ def write_file_of(
         entries: tensors of one file of the base.
     """
     layout = lay_out(specs_of(entries, conversion))
-    differences: dict[str, Difference] = {}
-    with entries[0].path.open("rb") as source, published(target) as output:
-        output.write(layout.header)
-        output.flush()
-        yield len(layout.header)
-        pieces: list[Piece] = []
-        computing = turns_on(conversion.device)
-        for entry in entries:
-            if conversion.is_int8(entry):
-                differences[entry.name] = Difference()
-                pieces += _int8(entry, conversion, source, layout, output, differences[entry.name])
-            elif conversion.specs(entry)[entry.name][0] != entry.dtype:
-                pieces += _rounded(entry, conversion, source, layout, output)
-            else:
-                place = Place(entry, layout.places[entry.name], conversion.changes.get(entry.name))
-                pieces += pieces_of(place, source, output, conversion.device, computing)
-        yield from run(pieces)
-    errors += [LayerError(name, difference.relative_rms) for name, difference in differences.items()]
+    output.write(layout.header)
+    output.flush()
+    yield len(layout.header)
+    with entries[0].path.open("rb") as source:
+        writer = _Writer(conversion, layout, source, output)
+        yield from run([piece for entry in entries for piece in writer.pieces(entry)])
+    errors += [LayerError(name, difference.relative_rms) for name, difference in writer.differences.items()]
 
 
-def _int8(
-    entry: Entry, conversion: Conversion, source: BinaryIO, layout: Layout, output: BinaryIO, error: Difference
-) -> Iterator[Piece]:  # fmt: skip
-    """The work of writing an int8 weight: its constants, then some rows after others."""
-    format, (N, K) = conversion.format, conversion.shape(entry)
-    assert format is not None, "there are no int8 weights without one"
+class _Writer:
+    """The work of writing one file, as pieces that threads do in any order.
 
-    def write(part: str, tensor: Tensor, row: int) -> int:
-        bytes_before = row * (tensor.nbytes // max(1, len(tensor))) if row else 0
-        return write_at(tensor, output, layout.places[part_name(entry, part)] + bytes_before)
+    Attributes:
+        differences: of the int8 weights from the merged ones, by name.
+    """
 
-    def write_constants() -> int:
-        return sum(write(part, tensor, 0) for part, tensor in format.constants(N, K).items())
+    def __init__(self, conversion: Conversion, layout: Layout, source: BinaryIO, output: BinaryIO) -> None:
+        self.conversion, self.layout, self.source, self.output = conversion, layout, source, output
+        self.computing = computing_on(conversion.device)
+        self.differences: dict[str, Difference] = {}
 
-    def write_rows(rows: slice) -> int:
-        written = 0
-        for here, block in conversion.rows(entry, source, rows):
-            stored = format.quantize(block, conversion.dtype)
-            written += sum(write(part, tensor, here.start) for part, tensor in stored.items())
-            error.add(block, format.dequantize(stored, K))
-        return written
+    def pieces(self, entry: Entry) -> Iterator[Piece]:
+        conversion = self.conversion
+        if conversion.is_int8(entry):
+            self.differences[entry.name] = Difference()
+            yield partial(self._write_constants, entry)
+            yield from (partial(self._write_int8, entry, rows) for rows in conversion.steps(entry))
+        elif conversion.specs(entry)[entry.name][0] != entry.dtype:
+            yield from (partial(self._write_rounded, entry, rows) for rows in conversion.steps(entry))
+        else:
+            place = Place(entry, self.layout.places[entry.name], conversion.changes.get(entry.name))
+            yield from pieces_of(place, self.source, self.output, conversion.device, self.computing)
 
-    yield write_constants
-    for step in conversion.steps(entry):
-        yield lambda step=step: write_rows(step)  # type: ignore[misc]
+    def _write_constants(self, entry: Entry) -> int:
+        assert self.conversion.format is not None, "there are no int8 weights without one"
+        constants = self.conversion.format.constants(*self.conversion.shape(entry))
+        return sum(self._write(part_name(entry, part), tensor, 0) for part, tensor in constants.items())
 
+    def _write_int8(self, entry: Entry, rows: slice) -> int:
+        format, dtype = self.conversion.format, self.conversion.dtype
+        assert format is not None, "there are no int8 weights without one"
+        made: list[tuple[str, Tensor, int]] = []
+        with self.computing:
+            for here, block in self.conversion.rows(entry, self.source, rows):
+                stored = format.quantize(block, dtype)
+                self.differences[entry.name].add(block, format.dequantize(stored, block.shape[1]))
+                made += [(part_name(entry, part), tensor.cpu(), here.start) for part, tensor in stored.items()]
+        return sum(self._write(name, tensor, row) for name, tensor, row in made)
 
-def _rounded(
-    entry: Entry, conversion: Conversion, source: BinaryIO, layout: Layout, output: BinaryIO
-) -> Iterator[Piece]:  # fmt: skip
-    """The work of writing a tensor in another dtype."""
-    dtype = DTYPES[conversion.dtype]
-    row_bytes = entry.columns * dtype.itemsize
+    def _write_rounded(self, entry: Entry, rows: slice) -> int:
+        dtype = DTYPES[self.conversion.dtype]
+        made: list[tuple[Tensor, int]] = []
+        with self.computing:
+            for here, block in self.conversion.rows(entry, self.source, rows):
+                rounded = block.to(dtype)
+                if not torch.isfinite(rounded).all():
+                    raise ValueError(
+                        f"{entry.name}: expected merged weights in the range of {dtype}, found {block.abs().max():.3g}"
+                    )
+                made.append((rounded.cpu(), here.start))
+        return sum(self._write(entry.name, tensor, row) for tensor, row in made)
 
-    def write_rows(rows: slice) -> int:
-        written = 0
-        for here, block in conversion.rows(entry, source, rows):
-            rounded = block.to(dtype)
-            if not torch.isfinite(rounded).all():
-                raise ValueError(
-                    f"{entry.name}: expected merged weights in the range of {dtype}, found {block.abs().max():.3g}"
-                )
-            written += write_at(rounded, output, layout.places[entry.name] + here.start * row_bytes)
-        return written
-
-    for step in conversion.steps(entry):
-        yield lambda step=step: write_rows(step)  # type: ignore[misc]
+    def _write(self, name: str, tensor: Tensor, row: int) -> int:
+        """Writes rows of a tensor of the new file, from this one on."""
+        before = row * (tensor.nbytes // len(tensor)) if row else 0
+        return write_at(tensor, self.output, self.layout.places[name] + before)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from itertools import accumulate
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from .convert import Conversion, specs_of, write_file_of
+from .convert import Conversion, specs_of, write_tensors
 from .folder import SETTINGS_FILE, check_apart, check_space, chosen_device, filling, write_file
 from .inputs import AnyAdapters, AnyPath, Inputs, by_folder, read_inputs
 from .int8 import INT8_FORMATS, Specs
 from .layout import index_of, lay_out
 from .linears import Linears, find_linears
-from .merge import Progress
 from .perplexity import check_text, perplexities
+from .pieces import Progress, write_files
 from .plan import plan_small_files
 from .portable import export_adapter
 from .report import ExportReport, LayerError
@@ -122,20 +122,19 @@ def _write(inputs: Inputs, conversion: Conversion, out: Path, to: str, progress:
     files = {name: specs_of(tensors, conversion) for name, tensors in entries.items()}
     sizes = {name: lay_out(specs).size for name, specs in files.items()}
     check_space(out, sizes)
-    errors: list[LayerError] = []
-    done, total = 0, sum(sizes.values())
+    errors: dict[str, list[LayerError]] = {name: [] for name in files}
+
+    def write(name: str, output: BinaryIO) -> Iterator[int]:
+        return write_tensors(entries[name], conversion, output, errors[name])
+
     with filling(out, inputs.manifest(to=to), list(files)):
-        for name, tensors in entries.items():
+        for name in files:
             if (out / name).is_file():
-                errors += layer_errors(tensors, conversion, out / name)
-            else:
-                for reached in accumulate(write_file_of(tensors, conversion, out / name, errors), initial=done):
-                    progress(reached, total)
-            done += sizes[name]
-            progress(done, total)
+                errors[name] += layer_errors(entries[name], conversion, out / name)
+        write_files(out, sizes, write, progress)
         for name, content in _small_files(inputs, conversion, files).items():
             write_file(out / name, content)
-    return ExportReport(to, total, tuple(errors))
+    return ExportReport(to, sum(sizes.values()), tuple(error for found in errors.values() for error in found))
 
 
 def _small_files(inputs: Inputs, conversion: Conversion, files: dict[str, Specs]) -> dict[str, bytes]:

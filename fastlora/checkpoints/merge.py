@@ -6,9 +6,7 @@ interrupted merge is taken up again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,11 +14,8 @@ import torch
 
 from .folder import check_apart, check_space, chosen_device, filling, write_file
 from .inputs import AnyAdapters, AnyPath, by_folder, read_inputs
-from .pieces import write_places
+from .pieces import Progress, write_files, write_places
 from .plan import NewFile, plan_small_files, plan_weights
-from .shards import published
-
-Progress = Callable[[int, int], None]
 
 
 def merge_checkpoint(
@@ -63,37 +58,20 @@ def merge_checkpoint(
     check_apart(out, [base, *folders])
     inputs = read_inputs(base, folders)
     files = plan_weights(inputs.shards, inputs.changes, inputs.new)
-    sizes = {file.name: file.size for file in files}
+    sizes, by_name = {file.name: file.size for file in files}, {file.name: file for file in files}
     check_space(out, sizes)
     with filling(out, inputs.manifest(), list(sizes)):
-        _write_files(files, out, device, progress or (lambda done, total: None))
+        write_files(out, sizes, lambda name, output: _write(by_name[name], output, device), progress or _silent)
         for name, content in plan_small_files(base, inputs.new, inputs.untied).items():
             write_file(out / name, content)
 
 
-def _write_files(files: list[NewFile], out: Path, device: Any, progress: Progress) -> None:
-    done, total = 0, sum(file.size for file in files)
-    # One file is synced while the next one is computed.
-    with ThreadPoolExecutor(1) as publisher:
-        before: Future[None] | None = None
-        for file in files:
-            end = done + file.size
-            if not (out / file.name).is_file():
-                with ExitStack() as stack:
-                    for written in _write_file(file, stack.enter_context(published(out / file.name)), device):
-                        done += written
-                        progress(done, total)
-                    if before is not None:
-                        before.result()
-                    before = publisher.submit(stack.pop_all().close)
-            done = end
-            progress(done, total)
-        if before is not None:
-            before.result()
-
-
-def _write_file(file: NewFile, output: BinaryIO, device: Any) -> Iterator[int]:
+def _write(file: NewFile, output: BinaryIO, device: Any) -> Iterator[int]:
     """Writes one file, and yields the bytes of every piece."""
     output.write(file.header)
     output.flush()
     yield from write_places(output, file.places, device)
+
+
+def _silent(done: int, total: int) -> None:
+    """For those who want to see no progress."""

@@ -40,7 +40,9 @@ def _check_causal(base: Path) -> None:
     try:
         known = type(AutoConfig.from_pretrained(base, trust_remote_code=False)) in MODEL_FOR_CAUSAL_LM_MAPPING
     except (OSError, ValueError) as error:
-        raise ValueError(f"text: expected a causal language model that transformers has, found {error}") from None
+        raise ValueError(
+            f"text: expected a causal language model that transformers has, found {_first_line(error)}"
+        ) from None
     if not known:
         raise ValueError(f"text: expected a causal language model, found another kind in {str(base)!r}")
 
@@ -71,8 +73,12 @@ def _tokens(base: Path, text: str) -> Tensor:
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"text: expected a tokenizer in {str(base)!r}, found {error}") from None
+        raise ValueError(f"text: expected a tokenizer in {str(base)!r}, found {_first_line(error)}") from None
     return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _model(folder: Path, device: torch.device | str) -> nn.Module:

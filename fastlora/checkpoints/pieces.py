@@ -9,18 +9,19 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from .change import AbsmaxChange, Change
-from .shards import Entry, fill
+from .shards import Entry, fill, published
 
 CHUNK = 1 << 23  # bytes copied at once
 WRITE = 1 << 20  # bytes of a call; for twice as many the system looks for such large pages that it takes twice as long
@@ -29,6 +30,7 @@ MOST_WORKERS = 8  # each of which holds a block of a tensor or two
 NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 Piece = Callable[[], int]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,42 @@ class Place:
     change: Change | None
 
 
+def write_files(
+    out: Path, sizes: Mapping[str, int], write: Callable[[str, BinaryIO], Iterator[int]], progress: Progress
+) -> None:  # fmt: skip
+    """Writes the files of a folder that are not there yet.
+
+    Args:
+        sizes: of the files, in bytes, by name.
+        write: writes the file of a name, and yields the bytes of every piece.
+        progress: called with the bytes written and their total.
+    """
+    done, total = 0, sum(sizes.values())
+    # One file is synced while the next one is computed.
+    with ThreadPoolExecutor(1) as publisher:
+        before: Future[None] | None = None
+        for name, size in sizes.items():
+            end = done + size
+            if not (out / name).is_file():
+                with ExitStack() as stack:
+                    for written in write(name, stack.enter_context(published(out / name))):
+                        done += written
+                        progress(done, total)
+                    if before is not None:
+                        before.result()
+                    before = publisher.submit(stack.pop_all().close)
+            done = end
+            progress(done, total)
+        if before is not None:
+            before.result()
+
+
 def write_places(output: BinaryIO, places: Iterable[Place], device: Any) -> Iterator[int]:
     """Writes tensors at their places in a file, in any order, and yields the bytes of every piece."""
     with ExitStack() as stack:
         opened: dict[Any, BinaryIO] = {}
         pieces: list[Piece] = []
-        computing = turns_on(device)
+        computing = computing_on(device)
         # The absmax of int8 rows comes from merging them.
         for place in sorted(places, key=lambda place: isinstance(place.change, AbsmaxChange)):
             path = place.entry.path
@@ -55,8 +87,8 @@ def write_places(output: BinaryIO, places: Iterable[Place], device: Any) -> Iter
         yield from run(pieces)
 
 
-def turns_on(device: Any) -> AbstractContextManager[Any]:
-    """What a piece holds while it computes: on a GPU, which is fast, one does while the others read and write."""
+def computing_on(device: Any) -> AbstractContextManager[Any]:
+    """What a piece enters to compute. On a GPU, which is fast, one computes while the others read and write."""
     return nullcontext() if torch.device(device).type == "cpu" else threading.Lock()
 
 
@@ -95,10 +127,10 @@ def pieces_of(
     row_bytes = (entry.stop - entry.start) // max(1, entry.rows)
     for rows in change.steps(entry):
         compute = partial(change.rows, entry, source, rows, device)
-        yield partial(_compute_and_write, compute, computing, output, place.start + rows.start * row_bytes)
+        yield partial(_write, compute, computing, output, place.start + rows.start * row_bytes)
 
 
-def _compute_and_write(
+def _write(
     compute: Callable[[], Tensor], computing: AbstractContextManager[Any], output: BinaryIO, place: int
 ) -> int:  # fmt: skip
     with computing:
@@ -107,8 +139,8 @@ def _compute_and_write(
 
 
 def write_at(tensor: Tensor, output: BinaryIO, place: int) -> int:
-    """Writes a tensor's bytes at a place of a file, and returns how many."""
-    return _write_bytes(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data, output, place)
+    """Writes the bytes of a tensor in the CPU's memory at a place of a file, and returns how many."""
+    return _write_bytes(tensor.contiguous().flatten().view(torch.uint8).numpy().data, output, place)
 
 
 def _write_bytes(data: memoryview, output: BinaryIO, place: int) -> int:

@@ -24,7 +24,7 @@ from .folder import chosen_device
 from .inputs import AnyAdapters, AnyPath, by_folder, read_inputs, read_settings
 from .int8 import FLOAT32_UNIT, format_of
 from .linears import Linears, find_linears
-from .merge import Progress
+from .pieces import Progress
 from .report import Comparison, TensorCheck, Verification
 from .shards import DTYPES, Entry, find_shards, same_bytes
 from .stored import Files, Stored, find_stored

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import Json, bytes_progress, console, quiet_libraries, users_errors
+from .merge import MoreAdapters, weights_by_folder
 
 if TYPE_CHECKING:
     from ..checkpoints.report import ExportReport
@@ -19,12 +20,13 @@ ROWS = 5  # layers in the table, worst first
 
 def command(
     base: Annotated[Path, typer.Argument(help="Folder of a model's safetensors files.")],
-    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter in PEFT's format.")],
+    adapter: Annotated[str, typer.Argument(help="Folder of an adapter in PEFT's format, or FOLDER=WEIGHT.")],
     out: Annotated[Path, typer.Argument(help="New folder for the export, or an interrupted export of these.")],
     to: Annotated[str | None, typer.Option(help=TO)] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Short for --to portable.")] = False,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure the perplexity on; loads the model.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where to compute; default: the CPU.")] = None,
+    more: MoreAdapters = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute; default: a GPU if there is one.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a base and an adapter as what servers load: an adapter, a merged model, or a merged int8 one."""
@@ -37,7 +39,8 @@ def command(
         content = None if text is None else text.read_text(encoding="utf-8")
         chosen = "portable" if portable else to or "int8"
         with bytes_progress("exporting") as progress:
-            report = export_checkpoint(base, adapter, out, to=chosen, text=content, device=device, progress=progress)
+            adapters = weights_by_folder([adapter, *(more or [])])
+            report = export_checkpoint(base, adapters, out, to=chosen, text=content, device=device, progress=progress)
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
     else:

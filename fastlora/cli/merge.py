@@ -9,15 +9,17 @@ import typer
 
 from .console import bytes_progress, users_errors
 
+MoreAdapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", metavar="FOLDER[=WEIGHT]", help="One more adapter; may be given several times."),
+]
+
 
 def command(
     base: Annotated[Path, typer.Argument(help="Folder of a model's safetensors files.")],
     adapter: Annotated[str, typer.Argument(help="Folder of an adapter in PEFT's format, or FOLDER=WEIGHT.")],
     out: Annotated[Path, typer.Argument(help="New folder for the merged model, or an interrupted merge of these.")],
-    more: Annotated[
-        list[str] | None,
-        typer.Option("--adapter", metavar="FOLDER[=WEIGHT]", help="One more adapter; may be given several times."),
-    ] = None,
+    more: MoreAdapters = None,
     device: Annotated[str | None, typer.Option(help="Where to compute; default: a GPU if there is one.")] = None,
 ) -> None:
     """Fold adapters into a model's files, without loading the model.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import FOUND_SOMETHING_WRONG, Json, bytes_progress, console, users_errors
+from .merge import MoreAdapters, weights_by_folder
 
 if TYPE_CHECKING:
     from ..checkpoints.report import Verification
@@ -18,16 +19,18 @@ ROWS = 5  # tensors in the table, worst first
 
 def command(
     base: Annotated[Path, typer.Argument(help="Folder of a model's safetensors files.")],
-    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter in PEFT's format.")],
+    adapter: Annotated[str, typer.Argument(help="Folder of an adapter in PEFT's format, or FOLDER=WEIGHT.")],
     merged: Annotated[Path, typer.Argument(help="Folder of the merged model, dense or int8.")],
-    device: Annotated[str | None, typer.Option(help="Where to compute; default: the CPU.")] = None,
+    more: MoreAdapters = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute; default: a GPU if there is one.")] = None,
     as_json: Json = False,
 ) -> None:
     """Check every tensor of a merged model against base + adapter, without loading the model."""
     from ..checkpoints.verify import verify_checkpoint
 
     with users_errors(), bytes_progress("verifying") as progress:
-        verification = verify_checkpoint(base, adapter, merged, device=device, progress=progress)
+        adapters = weights_by_folder([adapter, *(more or [])])
+        verification = verify_checkpoint(base, adapters, merged, device=device, progress=progress)
     if as_json:
         typer.echo(json.dumps(verification.to_dict()))
     else:
@@ -40,11 +43,13 @@ def _print(verification: Verification) -> None:
     from rich.table import Table
 
     screen = console()
-    table = Table("tensor", "kind", "error", "of rounding", "relative RMS", "problem", title="worst first")
+    table = Table(
+        "tensor", "kind", "error", "x rounding", "relative RMS", "problem", title="worst first", title_justify="left"
+    )
     order = sorted(verification.tensors, key=lambda check: (check.problem is None, -check.share))
     for check in order[:ROWS]:
         table.add_row(
-            check.name, check.kind, f"{check.error:.3g}", f"{check.share:.0%}", f"{check.relative_rms:.3%}",
+            check.name, check.kind, f"{check.error:.3g}", f"{check.share:.3g}", f"{check.relative_rms:.3%}",
             check.problem or "",
         )  # fmt: skip
     screen.print(table)
