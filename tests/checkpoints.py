@@ -61,7 +61,8 @@ def merged_in_memory(base: Path, adapters: dict[Path, float]):
     model = read(base)
     for index, (folder, weight) in enumerate(adapters.items()):
         fastlora.load(model, folder, adapter=f"adapter{index}")
-        fastlora.set_scale(model, f"adapter{index}", weight)
+        if weight != 1:
+            fastlora.set_scale(model, f"adapter{index}", weight)
     fastlora.set_adapter(model, [f"adapter{index}" for index in range(len(adapters))])
     return fastlora.unload(model, merge=True)
 
