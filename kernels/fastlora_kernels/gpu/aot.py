@@ -23,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .candidates import candidates
 from .cost import meta_launches
 from .dropout import dropout_mask_launch
+from .group import group_shrink_launch
 from .launch import Launch
 from .merge import merge_rows_launch
 from .plan import Plan, choose_plan
@@ -37,6 +38,9 @@ FEATURES = 4096
 TOKENS = (1, 64, 512, 8192)
 # Rank and dropout: the frozen layer alone, every padded rank that has tiles of its own, dropout off and on.
 ADAPTERS = ((0, 0.0), (16, 0.0), (16, 0.1), (64, 0.0), (256, 0.1))
+
+# Layers and rank of groups: gate and up, and q, k and v of a small and of a large rank.
+GROUPS = ((2, 16), (3, 16), (3, 64))
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,14 @@ def _tile(plan: Plan) -> str:
     return f"{tile.block_m}x{tile.block_n}x{tile.block_c} {tile.num_warps} warps {tile.num_stages} stages{loads}"
 
 
+def group_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    """The kernel that groups have besides those of single layers."""
+    for tokens, (layers, rank) in product(TOKENS[-2:], GROUPS):
+        x, s = _meta(tokens, FEATURES, dtype=dtype), _meta(tokens, layers * rank, dtype=dtype)
+        a, seeds = _meta(layers * rank, FEATURES, dtype=torch.float32), _meta(layers, dtype=torch.int64)
+        yield f"group_shrink M={tokens} r={layers}x{rank}", group_shrink_launch(x, a, 0.1, seeds, s, arch)
+
+
 def weight_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     """The kernels that work on weights and masks."""
     seed = _meta(1, dtype=torch.int64)
@@ -155,7 +167,7 @@ def weight_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch
 def launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     """Every variant that the plans of `dtype` launch on sm_`arch`, by name, each once."""
     seen = set()
-    for name, launch in (*linear_launches(arch, dtype), *weight_launches(arch, dtype)):
+    for name, launch in (*linear_launches(arch, dtype), *group_launches(arch, dtype), *weight_launches(arch, dtype)):
         if (variant := _specialisation(launch)) not in seen:
             seen.add(variant)
             yield name, launch
