@@ -139,7 +139,7 @@ class Change:
         if any(term.magnitude is not None for term in terms):
             return _merged(w.T, None, terms)[0].T
         a, b, scale = _stacked(terms)
-        return ops.merge_rows(w, None, b.T, a.T[rows], scale)[0]
+        return _merge_rows(w, None, b.T, a.T[rows], scale)[0]
 
     def _scale(self, absmax: Entry, rows: slice, device: Any) -> Tensor:
         """Of the rows of an int8 weight."""
@@ -185,6 +185,11 @@ class AbsmaxChange(Change):
         return found.to(dtype or DTYPES[entry.dtype])
 
 
+def _merge_rows(w: Tensor, w_scale: Tensor | None, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    # Not through the operator, whose first call imports a compiler: longer than merging a small model takes.
+    return ops.implementation(w).merge_rows(w, w_scale, a, b, scale)
+
+
 def _stacked(terms: list[Term]) -> tuple[Tensor, Tensor, float]:
     """A, B and scale of one term that is the sum of several."""
     if len(terms) == 1:
@@ -199,7 +204,7 @@ def _merged(w: Tensor, w_scale: Tensor | None, terms: list[Term]) -> tuple[Tenso
     """
     if all(term.magnitude is None for term in terms):
         a, b, scale = _stacked(terms)
-        return ops.merge_rows(w, w_scale, a, b, scale)
+        return _merge_rows(w, w_scale, a, b, scale)
     squares = dora.squared_rows(w, w_scale)
     factors, scaled = [], []
     for term in terms:
@@ -211,8 +216,8 @@ def _merged(w: Tensor, w_scale: Tensor | None, terms: list[Term]) -> tuple[Tenso
     a, b = torch.cat([term.a for term in terms]), torch.cat(scaled, dim=1)
     rows = 1 + torch.stack([factor - 1 for factor in factors]).sum(dim=0)
     if w_scale is not None:
-        return ops.merge_rows(w, w_scale * rows, a, b, 1.0)
-    merged, none = ops.merge_rows(w.float() * rows[:, None], None, a, b, 1.0)
+        return _merge_rows(w, w_scale * rows, a, b, 1.0)
+    merged, none = _merge_rows(w.float() * rows[:, None], None, a, b, 1.0)
     return merged.to(w.dtype), none
 
 

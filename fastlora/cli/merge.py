@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 from typing import Annotated
 
@@ -34,13 +35,13 @@ def command(
     typer.echo(f"merged into {out}")
 
 
-def weights_by_folder(arguments: list[str]) -> dict[str, float]:
+def weights_by_folder(arguments: list[str]) -> dict[str | PathLike[str], float]:
     """Adapter folders with their weights, 1 where an argument has none.
 
     Raises:
         ValueError: a weight is no number, or a folder stands twice.
     """
-    found: dict[str, float] = {}
+    found: dict[str | PathLike[str], float] = {}
     for argument in arguments:
         folder, weight = argument, 1.0
         if "=" in argument and not Path(argument).is_dir():  # a folder's own name may have one
