@@ -30,7 +30,7 @@ SECONDS = 520  # of nine minutes
 PATIENCE = 5  # seconds between asking a stage to stop and stopping it
 LOG, SUMMARY = "log.txt", "run.json"
 MOST_LOGGED = 8 << 20  # bytes of log.txt
-GPU_TESTS = ["test_kernels_*.py", "test_dropout.py", "test_runtime.py"]
+GPU_TESTS = ["test_kernels_*.py", "test_group_ops.py", "test_mixed_ops.py", "test_dropout.py", "test_runtime.py"]
 QUESTIONS = ["linear", "layers", "int8", "decode", "merge", "memory", "mixed"]  # the most important first
 TEST_PROCESSES = 8  # compiling is most of what a test of a kernel does
 
