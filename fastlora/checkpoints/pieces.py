@@ -147,13 +147,16 @@ def _write_bytes(data: memoryview, output: BinaryIO, place: int) -> int:
     done = 0
     while done < len(data):
         done += os.pwrite(output.fileno(), data[done : done + WRITE], place + done)
-    _begin_writing(output, place, done)
+    _begin_writing(output, place + done)
     return done
 
 
-def _begin_writing(output: BinaryIO, place: int, size: int) -> None:
-    """Makes the system write bytes to the disk now, and forget them later: they are not read again."""
-    os.posix_fadvise(output.fileno(), place, size, os.POSIX_FADV_DONTNEED)
+def _begin_writing(output: BinaryIO, end: int) -> None:
+    """Makes the system write the bytes before `end` to the disk now, and forget those that are there already.
+
+    Whole checkpoints in its cache would push out everything else, and fresh memory for them takes longer to get.
+    """
+    os.posix_fadvise(output.fileno(), 0, end, os.POSIX_FADV_DONTNEED)
 
 
 def _copy(source: BinaryIO, start: int, output: BinaryIO, place: int, size: int) -> int:
@@ -170,7 +173,7 @@ def _copy(source: BinaryIO, start: int, output: BinaryIO, place: int, size: int)
     except OSError as error:
         if error.errno not in NOT_HERE:
             raise
-    _begin_writing(output, place, done)
+    _begin_writing(output, place + done)
     if done < size:
         buffer = memoryview(bytearray(size - done))
         fill(buffer, source, start + done, f"{size} bytes")
