@@ -185,7 +185,8 @@ def run(*arguments) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_the_commands(tmp_path):
+def test_the_commands(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # pytest-xdist sets fewer, which cut long names
     base, adapter = llama_pair(tmp_path, torch.bfloat16)
     out = tmp_path / "out"
     code, output = run("export", base, adapter, out, "--to", "int8")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..config import CONFIG_FILE, PREFIX, LoraConfig
 from ..inits import as_saved, initial_for_file, saved_config
+from ..inits.conversion import itself
 from ..layers import ADAPTABLE, LoraConv1D, LoraLayer, kind_of
 from ..layers.base import Parts
 from ..log import logger
@@ -56,7 +57,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
 
 
 def write_adapters(
-    model: nn.Module, path: Path, together: bool, value: Callable[[nn.Parameter], Tensor] = Tensor.detach
+    model: nn.Module, path: Path, together: bool, value: Callable[[nn.Parameter], Tensor] = itself
 ) -> None:
     """Does what `save` does, with the values that `value` gives for the adapters' parameters.
 
@@ -143,7 +144,7 @@ def _as_peft_records(config: LoraConfig, model: nn.Module, layers: Mapping[str, 
 
 def adapter_tensors(
     model: nn.Module, layers: Mapping[str, LoraLayer], adapter: str, config: LoraConfig,
-    value: Callable[[nn.Parameter], Tensor] = Tensor.detach,
+    value: Callable[[nn.Parameter], Tensor] = itself,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The tensors of one adapter, which the layers have, under PEFT's names; `value` gives those of parameters."""
     tensors = {}

@@ -19,7 +19,7 @@ from .folder import SETTINGS_FILE, fingerprint, sha256, small_files
 from .shards import Entry, Shard, find_shards, read_json
 
 AnyPath = str | PathLike[str]
-AnyAdapters = AnyPath | Sequence[AnyPath] | Mapping[str, float] | Mapping[Path, float]
+AnyAdapters = AnyPath | Sequence[AnyPath] | Mapping[str, float] | Mapping[Path, float] | Mapping[AnyPath, float]
 
 
 @dataclass(frozen=True)

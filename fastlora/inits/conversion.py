@@ -23,8 +23,12 @@ from .choose import changes_weight, initial_adapters
 from .target import Initial
 
 
+def itself(parameter: nn.Parameter) -> Tensor:
+    return parameter
+
+
 def as_saved(
-    layer: LoraLayer, adapter: str, config: LoraConfig, value: Callable[[nn.Parameter], Tensor] = Tensor.detach
+    layer: LoraLayer, adapter: str, config: LoraConfig, value: Callable[[nn.Parameter], Tensor] = itself
 ) -> dict[str, Tensor]:
     """The tensors of a layer's adapter for the original weight, with A `[R, K]` and B `[N, R]`, or of rank 2 R.
 

@@ -182,7 +182,7 @@ class FrozenLinear(LoraLayer):
         """The frozen weight as the original module stores it, with adapters folded in before any rounding."""
         weight, w_scale = self.weight.detach(), self.weight_scale
         if w_scale is None and not adapters:
-            return weight.to(self.dense_dtype)
+            return self._stored(self.frozen_weight.detach()).to(self.dense_dtype)
         fold = self._fold(adapters) if adapters else None
         w = self._matrix(weight)
         if w_scale is None:
