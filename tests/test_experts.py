@@ -151,6 +151,24 @@ def test_selects_and_scales_as_peft(options):
     assert_trains_as_peft(lambda: make("mixtral"), settings(**options), logits)
 
 
+def test_scales_are_those_of_the_patterns(tmp_path):
+    model = patched(**SELECTIONS["patterns"])
+    before = {name: layer.scaling["default"] for name, layer in lora_layers(model).items()}
+    assert len(set(before.values())) > 1
+    fastlora.set_scale(model, "default", 0.5)
+    assert {name: 2 * layer.scaling["default"] for name, layer in lora_layers(model).items()} == before
+    fastlora.set_scale(model, "default", 1)
+    assert {name: layer.scaling["default"] for name, layer in lora_layers(model).items()} == before
+
+
+def test_hotswap_keeps_the_scales_of_the_patterns(tmp_path):
+    model = patched(alpha_pattern={"gate_up_proj": 3}).eval()
+    fastlora.save(model, tmp_path)
+    other = fastlora.hotswap(patched(seed=2), tmp_path).eval()  # half the alpha: half of B, which is exact
+    with torch.no_grad():
+        assert torch.equal(logits(other), logits(model))
+
+
 @pytest.mark.parametrize("adapter", ["default", "other"])
 @every_model
 def test_files_go_both_ways(name, adapter, tmp_path):

@@ -36,7 +36,7 @@ def hotswap(model: nn.Module, path: str | PathLike[str], adapter: str = "default
     folder = Path(path)
     config = LoraConfig.from_folder(folder)
     _, parts, copies = fit(model, config, read_tensors(folder), folder)
-    layers = {name: layer for name, layer in lora_layers(model).items() if layer.has(adapter)}
+    layers = {layer.name_in_config(name): layer for name, layer in lora_layers(model).items() if layer.has(adapter)}
     if copies or copies_of(model, adapter):
         raise ValueError(f"{folder}: expected adapters without trained modules or biases, found some")
     for name, found in parts.items():

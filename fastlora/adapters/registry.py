@@ -129,7 +129,7 @@ def set_scale(model: nn.Module, name: str, factor: float) -> None:
     config = adapters(model)[name]
     for path, layer in lora_layers(model).items():
         if layer.has(name):
-            layer.scaling[name] = factor * scaling_of(config, path)
+            layer.scaling[name] = factor * scaling_of(config, layer.name_in_config(path))
 
 
 def check_addable(model: nn.Module, name: str) -> None:

@@ -104,6 +104,10 @@ class LoraLayer(Foldable):
         """What PEFT's files call a layer that the model calls `name`."""
         return name
 
+    def name_in_config(self, name: str) -> str:
+        """What an adapter's patterns match for a layer that the model calls `name`."""
+        return name
+
     def has(self, adapter: str) -> bool:
         return adapter in self.lora_A
 

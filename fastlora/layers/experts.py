@@ -122,6 +122,9 @@ class LoraParameter(WeightLayer):
         outside = sum(other in adapted_by and adapted_by[other].has(adapter) for other in later)
         return name.rpartition(".")[0] + ".base_layer" * outside
 
+    def name_in_config(self, name: str) -> str:
+        return f"{name.rpartition('.')[0]}.{self.target.parameter}"
+
     def _become_original(self) -> None:
         release_parameter(self.target.module, self.target.parameter)
         delattr(self.target.module, PREFIX + self.target.parameter)
