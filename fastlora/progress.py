@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
 
 Progress = bool | Callable[[int, int], None] | None
 
 BAR_FROM = 1 << 30  # bytes; less is done before anybody wonders
+
+
+def bytes_bar(what: str, console: Console) -> Bar:
+    """A bar over bytes with their rate and the time left, on a terminal; nothing elsewhere."""
+    from rich import progress as bars
+
+    columns = (
+        bars.TextColumn(what), bars.BarColumn(), bars.DownloadColumn(), bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+    )  # fmt: skip
+    return bars.Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 @contextmanager
@@ -32,14 +48,8 @@ def reported(what: str, total: int, progress: Progress) -> Iterator[Callable[[in
     if progress is False or (progress is None and total < BAR_FROM):
         yield lambda count: None
         return
-    from rich import progress as bars
     from rich.console import Console
 
-    console = Console(stderr=True)
-    columns = (
-        bars.TextColumn(what), bars.BarColumn(), bars.DownloadColumn(), bars.TransferSpeedColumn(),
-        bars.TimeRemainingColumn(),
-    )  # fmt: skip
-    with bars.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with bytes_bar(what, Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)

@@ -71,11 +71,7 @@ def write_adapters(
         own = {name: layer for name, layer in layers.items() if layer.has(adapter)}
         saved = _as_peft_records(saved_config(config, list(own.values())), model, own)
         tensors = adapter_tensors(model, own, adapter, config, value) | gathered(resized_embeddings(model, saved))
-        write = functools.partial(write_folder, folder, tensors, saved)
-        if together:
-            in_first_process(write)
-        else:
-            write()
+        in_first_process(functools.partial(write_folder, folder, tensors, saved), together)
 
 
 def load(

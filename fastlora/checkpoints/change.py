@@ -10,7 +10,6 @@ Every sum is formed in the steps of the layers' own merging in memory, so that t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -76,20 +75,6 @@ class Change:
     token_rows: Tensor | None = None
     absmax: Entry | None = None
     new_absmax: Tensor | None = None
-
-    def blocks(
-        self, entry: Entry, file: BinaryIO, device: Any, dtype: torch.dtype | None = None
-    ) -> Iterator[Tensor]:  # fmt: skip
-        """The changed tensor, rows after rows.
-
-        Args:
-            dtype: that of the result, by default the tensor's; nothing is rounded to a narrower one on the way.
-
-        Raises:
-            ValueError: a value is not finite.
-        """
-        for rows in self.steps(entry):
-            yield self.rows(entry, file, rows, device, dtype)
 
     def steps(self, entry: Entry) -> list[slice]:
         """Which rows are computed at once."""

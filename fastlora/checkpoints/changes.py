@@ -35,35 +35,21 @@ class Adapter:
     weight: float = 1.0
 
 
-def find_changes(
-    config: LoraConfig, tensors: dict[str, Tensor], entries: dict[str, Entry], settings: dict[str, Any]
-) -> dict[str, Change]:
-    """The changes of one adapter by tensor name. Every tensor of the adapter has its part in one.
-
-    Args:
-        config, tensors: the adapter.
-        entries: the tensors of the checkpoint.
-        settings: the values of its config.json.
-
-    Raises:
-        ValueError: something is not supported, or does not fit the checkpoint, or the checkpoint would need more
-            tensors than it has.
-    """
-    return find_all_changes([Adapter(config, tensors)], entries, settings, untie=False)[0]
-
-
 def find_all_changes(
-    adapters: Sequence[Adapter], entries: dict[str, Entry], settings: dict[str, Any], untie: bool = True
+    adapters: Sequence[Adapter], entries: dict[str, Entry], settings: dict[str, Any]
 ) -> tuple[dict[str, Change], bool]:
     """The changes of adapters together by tensor name, and whether tied embeddings become two tensors.
 
     Then one of the names may be new: an output head, which begins as the input embedding.
 
+    Every tensor of an adapter has its part in a change.
+
     Args:
-        untie: whether they may.
+        entries: the tensors of the checkpoint.
+        settings: the values of its config.json.
 
     Raises:
-        ValueError: as in `find_changes`, or two adapters exclude each other.
+        ValueError: something is not supported, or does not fit the checkpoint, or two adapters exclude each other.
     """
     _check_base(settings)
     ends = find_ends(entries, settings)
@@ -71,7 +57,7 @@ def find_all_changes(
     for adapter in adapters:
         finder.add(adapter)
     changes = finder.changes
-    untied = ends is not None and settle(changes, ends, untie)
+    untied = ends is not None and settle(changes, ends)
     for name, change in changes.items():
         if change.tokens is not None and change.terms:
             raise ValueError(f"adapter: expected one change of {name}, found LoRA and trained tokens")

@@ -79,15 +79,14 @@ def with_head(entries: dict[str, Entry], ends: Ends | None) -> dict[str, Entry]:
     return entries | {ends.head: replace(entries[ends.embedding], name=ends.head)}
 
 
-def settle(changes: dict[str, Change], ends: Ends, untie: bool) -> bool:
+def settle(changes: dict[str, Change], ends: Ends) -> bool:
     """Gives tied ends what each of them needs, and returns whether they are two tensors from now on.
 
     Args:
         changes: by tensor; gets those of the other end.
-        untie: whether they may become two.
 
     Raises:
-        ValueError: they would have to, and may not or the checkpoint does not tell how.
+        ValueError: they would have to be, and the checkpoint does not tell how.
     """
     here = [name for name in changes if is_input(name) or is_head(name)]
     if not here:
@@ -96,11 +95,7 @@ def settle(changes: dict[str, Change], ends: Ends, untie: bool) -> bool:
         raise _refused(here[0])
     embedding, head = (changes.setdefault(name, Change()) for name in (ends.embedding, ends.head))
     _share(embedding, head)
-    if _same(embedding, head):
-        return False
-    if not untie:
-        raise _refused(here[0])
-    return True
+    return not _same(embedding, head)
 
 
 def _share(embedding: Change, head: Change) -> None:

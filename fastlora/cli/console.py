@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..progress import bytes_bar
+
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
 FOUND_SOMETHING_WRONG = 1
 USERS_ERROR = 2
@@ -51,20 +52,9 @@ def users_errors() -> Iterator[None]:
 @contextmanager
 def bytes_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar over bytes, as a function of those done and their total; a pipe gets none."""
-    with _progress(what) as bar:
+    with bytes_bar(what, console(stderr=True)) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _progress(what: str) -> Progress:
-    from rich import progress
-
-    columns = (
-        progress.TextColumn(what), progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )  # fmt: skip
-    screen = console(stderr=True)
-    return progress.Progress(*columns, console=screen, disable=not screen.is_terminal)
 
 
 def quiet_libraries() -> None:

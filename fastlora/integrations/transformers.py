@@ -120,8 +120,7 @@ def save_checkpoint(
         state = gathered(state)
 
     def write(work: Callable[..., None], *arguments: Any) -> None:
-        done = functools.partial(work, *arguments)
-        in_first_process(done) if together else done()
+        in_first_process(functools.partial(work, *arguments), together)
 
     write(invalidate, folder)
     write_adapters(model, folder, together, _reader(model, state))

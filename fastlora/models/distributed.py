@@ -103,12 +103,18 @@ def rank() -> int:
     return torch.distributed.get_rank() if _started() else 0
 
 
-def in_first_process(work: Callable[[], None]) -> None:
+def in_first_process(work: Callable[[], None], together: bool = True) -> None:
     """Does some work in the first process, while the others wait for its end.
+
+    Args:
+        together: whether every process calls this; if not, the one that does works.
 
     Raises:
         OSError: in the other processes, where the work failed.
     """
+    if not together:
+        work()
+        return
     failure = ["the first process was interrupted"]
     try:
         if rank() == 0:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+
+from ..checkpoints.shards import published
 
 
 class Display(TrainerCallback):
@@ -53,6 +54,5 @@ def draw_curve(history: list[dict[str, Any]], file: Path) -> None:
     axes.set(xlabel="step", ylabel="nats per token", title="LoRA fine-tuning")
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = file.with_name(f".{file.name}.tmp")
-    figure.savefig(temporary, dpi=150, format="png")
-    os.replace(temporary, file)
+    with published(file) as output:
+        figure.savefig(output, dpi=150, format="png")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import fastlora
 
-from ..adapters.files import sync
+from ..checkpoints.shards import published
 from .data import Row, read_rows
 from .sequences import Sequence, length_of, make_sequences, set_chat_template
 from .settings import Settings
@@ -191,10 +191,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _write_record(settings: Settings) -> None:
-    temporary = settings.out / f".{RECORD}.tmp"
-    temporary.write_text(json.dumps(settings.model_dump(mode="json"), indent=2), encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, settings.out / RECORD)
+    with published(settings.out / RECORD) as output:
+        output.write(json.dumps(settings.model_dump(mode="json"), indent=2).encode())
 
 
 def _state(checkpoint: str) -> dict[str, Any]:
