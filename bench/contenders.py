@@ -14,6 +14,7 @@ from collections.abc import Callable
 import peft
 import torch
 import transformers
+from peers import bitsandbytes_linear
 from torch import Tensor, nn
 
 import fastlora
@@ -67,16 +68,9 @@ def with_peft(
 
 def _quantize_with_bitsandbytes(model: nn.Module) -> None:
     """Does to a model in memory what transformers does to a checkpoint with `load_in_8bit`."""
-    import bitsandbytes
-
     for name, module in list(model.named_modules()):
-        if name.rsplit(".")[-1] not in TARGETS:
-            continue
-        layer = bitsandbytes.nn.Linear8bitLt(
-            module.in_features, module.out_features, bias=False, has_fp16_weights=False, threshold=6.0
-        )
-        layer.weight = bitsandbytes.nn.Int8Params(module.weight.data, requires_grad=False, has_fp16_weights=False)
-        model.set_submodule(name, layer.to("cpu"))
+        if name.rsplit(".")[-1] in TARGETS:
+            model.set_submodule(name, bitsandbytes_linear(module, "cpu"))
     model.is_loaded_in_8bit = True
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu import Calls, NotInstalledError, copies
+from gpu import Calls, copies
 from harness import assert_accurate
+from peers import bitsandbytes_linear, imported
 from torch import Tensor, nn
 
 import fastlora
@@ -102,14 +102,6 @@ def fill_adapters(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def imported(name: str) -> Any:
-    """A peer's library, imported where a benchmark needs it and never before."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise NotInstalledError(str(error)) from None
-
-
 Layer = Callable[[Shape, int], nn.Module]
 
 
@@ -148,16 +140,6 @@ def peft_int8(shape: Shape, seed: int) -> nn.Module:
 def peft_compiled(shape: Shape, seed: int) -> nn.Module:
     # At tiny sizes no compiler is needed to see that the layer can be traced.
     return torch.compile(peft_layer(shape, seed), backend="eager" if shape.place.tiny else "inductor")
-
-
-def bitsandbytes_linear(linear: nn.Linear, device: str) -> nn.Module:
-    """What transformers makes of a linear layer with `load_in_8bit`."""
-    library = imported("bitsandbytes")
-    layer = library.nn.Linear8bitLt(
-        linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=6.0
-    )
-    layer.weight = library.nn.Int8Params(linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
-    return layer.to(device)
 
 
 def torchao_int8(shape: Shape, seed: int) -> nn.Module:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import transformers
 from gpu import Calls
-from gpu_layers import ALPHA, BF16, Place, backward_too, bitsandbytes_linear, fill_adapters, imported
+from gpu_layers import ALPHA, BF16, Place, backward_too, fill_adapters
+from peers import bitsandbytes_linear, imported
 from torch import Tensor, nn
 
 import fastlora

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-SWEEP, MEMORY, MERGE = "linear by tokens", "bytes for backward, GPU", "merge"
+SWEEP, MEMORY = "linear by tokens", "bytes for backward, GPU"
 COPY = "copy of as many bytes"
 COLORS = ("tab:blue", "tab:cyan", "tab:orange", "tab:brown", "tab:gray", "tab:green", "tab:red")
 

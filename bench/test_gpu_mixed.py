@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_layers import ALPHA, Holder, Shape, fill_adapters, imported
+from gpu_layers import ALPHA, Holder, Shape, fill_adapters
 from harness import assert_accurate
+from peers import imported
 from torch import Tensor, nn
 
 import fastlora
