@@ -1,7 +1,7 @@
 """What a plan costs, counted on the launches it makes: launches, bytes through memory, multiplications and additions.
 
 Bytes are those of every tensor that a kernel takes, once per kernel: what must pass through memory where a kernel
-reads again what the cache still holds. Parts of sums are written and read once, mostly in the cache, and counted
+reads again what the cache still holds, or parts of it ("_again_ptr"). Parts of sums are written and read once, mostly in the cache, and counted
 apart.
 """
 
@@ -77,7 +77,8 @@ def cost(
 
 
 def _bytes(launch: Launch, parts: bool) -> int:
-    return sum(_size(value) for name, value in launch.arguments.items() if name.endswith("part_ptr") == parts)
+    moved = {name: value for name, value in launch.arguments.items() if not name.endswith("_again_ptr")}
+    return sum(_size(value) for name, value in moved.items() if name.endswith("part_ptr") == parts)
 
 
 def _size(value: Any) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..reference import FEW_TOKENS
 from .checks import check_operands
 from .decode import decode_launch
+from .int8_linear import int8_linear
 from .launch import device_arch, device_name
 from .linear import expand, linear_launch
 from .plan import Plan, choose_plan
@@ -24,6 +26,7 @@ def lora_linear(
     scale: float,
     p: float,
     seed: Tensor | None,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The contract is in `reference.lora_linear`; computed as `choose_plan` says.
 
@@ -34,6 +37,9 @@ def lora_linear(
     check_operands(x, w, w_scale, a, b, bias=bias, seed=seed)
     (M, K), N, R = x.shape, w.shape[0], 0 if a is None else a.shape[0]
     arch, int8 = device_arch(x.device), w_scale is not None
+    if threshold is not None and w_scale is not None and M > FEW_TOKENS:
+        plan = choose_plan(arch, x.dtype, M, N, K, R, int8, p, "int8", device_name(x.device))
+        return int8_linear(plan.tile, x, w, w_scale, bias, a, b, scale, p, seed, threshold)
     plan = choose_plan(arch, x.dtype, M, N, K, R, int8, p, "forward", device_name(x.device))
     return planned_forward(plan, x, w, w_scale, bias, a, b, scale, p, seed)
 

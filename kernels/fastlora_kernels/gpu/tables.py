@@ -26,8 +26,8 @@ from .tiles import Tile
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "tuned"
-OPS = ("forward", "backward")
-KINDS = ("decode", "fused", "two_pass", "scratch", "cublas")
+OPS = ("forward", "backward", "int8")
+KINDS = ("decode", "fused", "two_pass", "scratch", "cublas", "int8")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Row:
     """The plan for one size.
 
     Args:
-        op: "forward", or "backward" for the gradient of x.
+        op: "forward", "backward" for the gradient of x, or "int8" for the forward with codes of x.
         dtype: of the activations: "bfloat16", "float16" or "float32". bfloat16 rows serve float16 where it has none.
         int8: whether the frozen weight is int8.
         dropout: True with, False without, None for either.

@@ -127,6 +127,20 @@ def output_reduce_tile(arch: int | None, itemsize: int, tokens: int, features: i
     return replace(tile, splits=triton.cdiv(spans, min(slices, spans)))
 
 
+def quantize_shrink_tile(arch: int | None, itemsize: int, block_r: int) -> Tile:
+    """For the codes of block_m tokens, block_c features at a time."""
+    return _fitted(Tile(16, 0, 32 if block_r >= 128 else 128, 4, 2), arch, itemsize)
+
+
+def int8_tile(arch: int | None, itemsize: int) -> Tile:
+    """For the product of int8 codes: block_m tokens, block_n output features, block_c contracted."""
+    if itemsize > 2:
+        return Tile(32, 64, 64, 4, 2)  # the low-rank part is a product in float32
+    if arch == 90:
+        return Tile(128, 256, 128, 8, 3, tma=True)
+    return Tile(64, 128, 64, 4, 3 if arch in LARGE_SHARED_MEMORY else 2)
+
+
 def merge_tile() -> Tile:
     """For `merge_rows`: block_n rows of W, block_c columns at a time."""
     return Tile(0, 16, 64, 8, 1)
