@@ -17,9 +17,10 @@ from .descriptors import described
 from .jit import convert, dot, load_tile, store_tile, tile_place
 from .launch import Launch, device_arch, next_block, operand
 from .quantize_shrink import TokenCodes, is_outlier, quantize_shrink
-from .tiles import MAX_BLOCK_R, Tile, programs
+from .tiles import Tile, programs
 
 OUTLIERS = 16  # features with outliers at a time
+RANKS = 32  # of the low-rank part at a time
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def int8_linear_launch(
 ) -> Launch:  # fmt: skip
     """`y` is written; the low-rank part needs `s` and `b`."""
     (M, K), N, R = x.shape, w.shape[0], 0 if s is None else s.shape[1]
-    block_r = min(next_block(R), MAX_BLOCK_R)
+    block_r = min(next_block(R), RANKS)
     q_ref, w_ref, tma = described(
         tile, arch, codes.q, (tile.block_m, tile.block_c), w, (tile.block_n, tile.block_c)
     )  # fmt: skip
