@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fastlora_kernels.reference import FEW_TOKENS
+
 from .. import ops
 from .base import LoraLayer
 from .bitsandbytes import is_linear8bit
@@ -30,6 +32,7 @@ class LinearLayer(FrozenLinear):
         return cls
 
     mix: Mix | None = None
+    threshold: float | None = None  # of the outliers of x, where products are of int8 codes with int8 codes
     seat: Seat | None = None  # in a group of layers that read the same tensor
 
     def mix_adapters(self, mix: Mix | None) -> None:
@@ -43,6 +46,10 @@ class LinearLayer(FrozenLinear):
         # The last element, which -1 picks, stands for no adapter.
         lookup = torch.tensor([here.index(name) if name in here else -1 for name in (*mix.adapters, None)])
         self.mix = Mix(tuple(here), lookup[mix.rows.cpu()].to(self.weight.device))
+
+    def multiplies_codes(self) -> bool:
+        """Whether ops of ours multiply with int8 codes here, so that a `threshold` means something."""
+        return self._parameters["weight_scale"] is not None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.seat is not None and (together := self.seat.output(self, x)) is not None:
@@ -61,7 +68,8 @@ class LinearLayer(FrozenLinear):
         adapter = self.fused_adapter()
         if adapter is not None:
             w, w_scale, a, b, scale, p = self.operands(adapter)
-            return ops.lora_linear(x, w, w_scale, bias, a, b, scale, p, draw_seed(x) if p > 0 else None)
+            seed = draw_seed(x) if p > 0 else None
+            return ops.lora_linear(x, w, w_scale, bias, a, b, scale, p, seed, self.threshold)
         if self.mix is not None and self.adapters_enabled:
             return self._mixed(x, bias, self.mix)
         running = self.running_adapters()
@@ -87,7 +95,7 @@ class LinearLayer(FrozenLinear):
         weight, weight_scale = self.frozen_weight, self._parameters["weight_scale"]
         if weight_scale is None:
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return ops.lora_linear(x, weight, weight_scale, bias)
+        return ops.lora_linear(x, weight, weight_scale, bias, threshold=self.threshold)
 
     def _several(self, x: Tensor, bias: Tensor | None, adapters: tuple[str, ...]) -> Tensor:
         if self._why_apart(adapters, self.training) is not None:
@@ -98,7 +106,7 @@ class LinearLayer(FrozenLinear):
         if adapters[0] in self.lora_magnitude:
             return self._dora(x, bias, adapters[0])
         a, b = self._stacked(adapters)
-        y = ops.lora_linear(x, self.frozen_weight, self.weight_scale, bias, a, b)
+        y = ops.lora_linear(x, self.frozen_weight, self.weight_scale, bias, a, b, threshold=self.threshold)
         return y + self._bias_of(adapters).to(y.dtype) if self._has_bias(adapters) else y
 
     def _why_apart(self, adapters: tuple[str, ...], training: bool) -> str | None:
@@ -119,6 +127,8 @@ class LinearLayer(FrozenLinear):
         p = max((self.lora_dropout[adapter] for adapter in running), default=0.0)
         plans = ops.gpu_plans(place, dtype, *self.features(self), rank, self.weight_scale is not None, p)
         words = words if plans is None else f"{words}: {plans}"
+        if self.threshold is not None:
+            words += f", inputs of more than {FEW_TOKENS} tokens in int8"
         reason = self._why_apart(running, training=True)
         return words if reason is None else f"frozen product by {words}; adapters by PyTorch: {reason}"
 
@@ -128,8 +138,10 @@ class LinearLayer(FrozenLinear):
         a, b, scaling = self.lora_A[adapter], self.lora_B[adapter], self.scaling[adapter]
         if weight_scale is not None and not torch.is_grad_enabled():
             # The scale of the int8 rows takes the factor in; nothing more is to be computed.
-            return ops.lora_linear(x, weight, weight_scale * factor, bias, a, b * factor[:, None], scaling)
-        y = ops.lora_linear(x, weight, weight_scale, None, a, b, scaling) * factor.to(x.dtype)
+            b = b * factor[:, None]
+            return ops.lora_linear(x, weight, weight_scale * factor, bias, a, b, scaling, threshold=self.threshold)
+        y = ops.lora_linear(x, weight, weight_scale, None, a, b, scaling, threshold=self.threshold)
+        y = y * factor.to(x.dtype)
         return y if bias is None else y + bias.to(y.dtype)
 
     def _mixed(self, x: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:

@@ -23,10 +23,11 @@ def lora_linear_group(
     scales: Sequence[float],
     ps: Sequence[float],
     seeds: Sequence[Tensor | None],
+    threshold: float | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     wide = as_dtype(x, product_dtype(x.dtype))
     layers = zip(ws, w_scales, biases, a_s, b_s, scales, ps, seeds, strict=True)
-    results = [layer(x, wide, *inputs) for inputs in layers]
+    results = [layer(x, wide, *inputs, threshold) for inputs in layers]
     return [y for y, _ in results], [s for _, s in results]
 
 

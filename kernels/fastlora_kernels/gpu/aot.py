@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..reference import FEW_TOKENS
 from .candidates import candidates
 from .cost import meta_launches
 from .dropout import dropout_mask_launch
@@ -28,10 +29,11 @@ from .launch import Launch
 from .merge import merge_rows_launch
 from .plan import Plan, choose_plan
 from .quantize import quantize_rows_launch
+from .tables import OPS
 
 # Bytes of shared memory that one block may have (CUDA C programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-WEIGHT_KERNELS = {"linear", "decode", "input_gradient"}
+WEIGHT_KERNELS = {"linear", "decode", "input_gradient", "int8_linear"}
 # Integers that are no constexprs: their value does not change what is compiled.
 RUN_TIME = {"M", "N", "K", "R", "C", "threshold", "k_per_split", "slice_tokens"}
 FEATURES = 4096
@@ -95,6 +97,8 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 def _matrix_instruction(ptx: str) -> str:
     if lefts := re.findall(r"wgmma\.mma_async\S*\s*\{[^}]*\},\s*(\{?)", ptx):
+        if "s32.s8.s8" in ptx:
+            return "wgmma, int8"
         return "wgmma, left in registers" if all(lefts) else "wgmma"
     if "tcgen05.mma" in ptx:
         return "tcgen05"
@@ -117,7 +121,9 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def linear_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     """What the chosen plans launch over the sizes, and on Hopper what the candidates for tuning would."""
-    for op, tokens, int8, (rank, p) in product(("forward", "backward"), TOKENS, (False, True), ADAPTERS):
+    for op, tokens, int8, (rank, p) in product(OPS, TOKENS, (False, True), ADAPTERS):
+        if op == "int8" and (not int8 or tokens <= FEW_TOKENS):
+            continue
         size = tokens, FEATURES, FEATURES, rank, int8, p, op
         plans = [choose_plan(arch, dtype, *size)]
         if arch == 90 and dtype == torch.bfloat16 and rank in (16, 64):

@@ -1,8 +1,8 @@
 """What a plan costs, counted on the launches it makes: launches, bytes through memory, multiplications and additions.
 
 Bytes are those of every tensor that a kernel takes, once per kernel: what must pass through memory where a kernel
-reads again what the cache still holds, or parts of it ("_again_ptr"). Parts of sums are written and read once, mostly in the cache, and counted
-apart.
+reads again what the cache still holds, or parts of it ("_again_ptr"). Parts of sums are written and read once, mostly
+in the cache, and counted apart.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..reference import OUTLIER_THRESHOLD
+from .int8_linear import int8_linear
 from .launch import Launch, recorded
 from .lora_linear import planned_forward
 from .lora_linear_backward import planned_backward
@@ -52,7 +54,10 @@ def meta_launches(
     b = _empty(N, R, dtype=torch.float32) if R else None
     x, seed = _empty(M, K, dtype=dtype), _empty(1, dtype=torch.int64)
     with recorded(arch) as launches:
-        if op == "forward":
+        if op == "int8":
+            bias_tensor = _empty(N, dtype=dtype) if bias else None
+            int8_linear(plan.tile, x, w, w_scale, bias_tensor, a, b, 2.0, p, seed, OUTLIER_THRESHOLD)
+        elif op == "forward":
             planned_forward(plan, x, w, w_scale, _empty(N, dtype=dtype) if bias else None, a, b, 2.0, p, seed)
         else:
             s, d_y = _empty(M, R, dtype=dtype), _empty(M, N, dtype=dtype)

@@ -78,6 +78,7 @@ def _int8_linear_kernel(
         y = convert(acc, dtype)
         store_tile(y_ptr, stride_ym, stride_yn, first_m, first_n, M, N, y, BLOCK_M, BLOCK_N, False)
 
+
 def int8_linear_launch(
     x: Tensor, codes: TokenCodes, w: Tensor, w_scale: Tensor, bias: Tensor | None, s: Tensor | None,
     b: Tensor | None, scale: float, threshold: float, y: Tensor, arch: int | None, tile: Tile,
@@ -113,8 +114,15 @@ def int8_linear(
         y `[M, N]` and s `[M, R]` in the dtype of x.
     """
     codes, s = quantize_shrink(x, a, p, seed, threshold)
+    return int8_expand(tile, x, codes, w, w_scale, bias, None if a is None else s, b, scale, threshold), s
+
+
+def int8_expand(
+    tile: Tile, x: Tensor, codes: TokenCodes, w: Tensor, w_scale: Tensor, bias: Tensor | None, s: Tensor | None,
+    b: Tensor | None, scale: float, threshold: float,
+) -> Tensor:  # fmt: skip
+    """y for given codes and s; both s and b are None for the frozen layer alone."""
     y = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
-    written, arch = None if a is None else s, device_arch(x.device)
-    launch = int8_linear_launch(x, codes, w, w_scale, bias, written, b, scale, threshold, y, arch, tile)
-    launch.run(x.device)
-    return y, s
+    arch = device_arch(x.device)
+    int8_linear_launch(x, codes, w, w_scale, bias, s, b, scale, threshold, y, arch, tile).run(x.device)
+    return y
