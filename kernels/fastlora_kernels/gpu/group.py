@@ -7,6 +7,7 @@ per layer, and multiplies by that layer's rows of A; the other rows count as zer
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
@@ -106,7 +107,8 @@ def _int8_group(x: Tensor, layers: list[tuple], threshold: float) -> tuple[list[
     """The layers with one set of codes of x, where they are int8 and there are tokens enough."""
     ws, w_scales, biases, a_s, b_s, scales, ps, seeds = zip(*layers, strict=True)
     if x.shape[0] <= FEW_TOKENS or None in w_scales or len(set(ps)) > 1 or sum(a.shape[0] for a in a_s) > MAX_RANK:
-        results = [lora_linear(x, *layer, threshold) for layer in layers]
+        compute = partial(lora_linear, threshold=threshold)
+        results = [compute(x, *layer) for layer in layers]
         return [y for y, _ in results], [s for _, s in results]
     for w, w_scale, bias, a, b, _, _, seed in layers:
         check_operands(x, w, w_scale, a, b, bias=bias, seed=seed)
@@ -118,7 +120,8 @@ def _int8_group(x: Tensor, layers: list[tuple], threshold: float) -> tuple[list[
         ss = _shrink_all(x, a_s, ps[0], seeds)
     tiles = [_plan("int8", x, w, w_scale, a, p).tile for w, w_scale, _, a, _, _, p, _ in layers]
     given = zip(tiles, ws, w_scales, biases, ss, b_s, scales, strict=True)
-    return [int8_expand(tile, x, codes, *layer, threshold) for tile, *layer in given], ss
+    expand = partial(int8_expand, threshold=threshold)
+    return [expand(tile, x, codes, *layer) for tile, *layer in given], ss
 
 
 def _plan(which: str, x: Tensor, w: Tensor, w_scale: Tensor | None, a: Tensor, p: float) -> Plan:

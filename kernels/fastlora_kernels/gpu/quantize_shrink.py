@@ -156,7 +156,7 @@ def quantize_shrink(
         the codes, and s `[M, R]` (`[M, 0]` without a) in the dtype of x.
     """
     s = x.new_empty(x.shape[0], 0 if a is None else a.shape[0])
-    codes = TokenCodes.empty(*x.shape, x.device)
+    codes = TokenCodes.empty(x.shape[0], x.shape[1], x.device)
     arch = device_arch(x.device)
     quantize_shrink_launch(x, a, p, seed, threshold, codes, None if a is None else s, arch).run(x.device)
     return codes, s

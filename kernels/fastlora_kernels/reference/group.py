@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -35,7 +36,8 @@ def lora_linear_group(
         y_i `[M, N_i]` and s_i `[M, R_i]` per layer, in the dtype of x.
     """
     layers = zip(ws, w_scales, biases, a_s, b_s, scales, ps, seeds, strict=True)
-    results = [lora_linear(x, *layer, threshold) for layer in layers]
+    compute = partial(lora_linear, threshold=threshold)
+    results = [compute(x, *layer) for layer in layers]
     return [y for y, _ in results], [s for _, s in results]
 
 
