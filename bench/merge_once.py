@@ -1,7 +1,7 @@
 """One merge on disk: `python bench/merge_once.py WHAT BASE ADAPTER OUT` prints its seconds and how far memory rose.
 
-WHAT is "merge_checkpoint", or a format that `export_checkpoint` writes. Prints the rise and the peak in bytes. A process of
-its own, so that nobody's freed memory is left for it; it ends with the files on the disk.
+WHAT is "merge_checkpoint", or a format that `export_checkpoint` writes. Prints the rise and the peak in bytes. A
+process of its own, so that nobody's freed memory is left for it; it ends with the files on the disk.
 """
 
 from __future__ import annotations

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from . import ops
 from .adapters import trained
 from .adapters.base_embeddings import give_embeddings_back, keep_embeddings
-from .adapters.registry import ACTIVE, REGISTRY, active_adapters, adapters, check_addable, patched_layers, set_adapter
+from .adapters.registry import (
+    ACTIVE,
+    REGISTRY,
+    active_adapters,
+    adapters,
+    check_addable,
+    lora_layers,
+    patched_layers,
+    set_adapter,
+)
 from .adapters.tokens import attach_tokens, find_tokens, initial_rows
 from .compute import check_compute, put_compute
 from .config import LoraConfig
@@ -142,7 +151,7 @@ def attach(
         if config.use_dora and not layer.has_magnitude(adapter):
             layer.add_magnitude(adapter, trainable)
     if compute is not None:
-        put_compute(layers.values(), compute)
+        put_compute(lora_layers(model).values(), compute)
     form_groups(model)
     attach_tokens(model, config, weights, adapter, trainable)
     trained.add_copies(model, adapter, names, copies or {}, config, trainable)
