@@ -137,7 +137,7 @@ def int8_tile(arch: int | None, itemsize: int) -> Tile:
     if itemsize > 2:
         return Tile(32, 64, 64, 4, 2)  # the low-rank part is a product in float32
     if arch == 90:
-        return Tile(128, 256, 128, 8, 3, tma=True)
+        return Tile(256, 128, 128, 8, 3, tma=True)
     return Tile(64, 128, 64, 4, 3 if arch in LARGE_SHARED_MEMORY else 2)
 
 
