@@ -14,7 +14,9 @@ BATCHES = {
     "one-token-each": (1, [1, -1, 0, 2, 1], [3, 8, 5]),
     "ragged": (13, [2, 0, 0, -1, 1], [3, 17, 5]),
     "none": (7, [-1, -1, -1], [4, 4]),
-    "one-of-many": (3, [40, 63, 40], [5] * 64),
+    "one-adapter": (5, [0, -1], [6]),
+    "several-in-a-tile": (5, [0, 2, 1, 0, -1, 2, 1], [3, 17, 70]),
+    "many": (2, [40, 63, 0, 17, 40], [1 + i % 7 for i in range(64)]),
 }
 ORDER = ["x", "w", "w_scale", "bias", "a", "b", "ranks", "scales", "rows", "ps", "seed"]
 

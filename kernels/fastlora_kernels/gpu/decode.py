@@ -17,7 +17,7 @@ from .jit import convert, dot, load_tile, store_tile
 from .launch import Launch, next_block, operand
 from .linear import products
 from .low_rank import low_rank, of_owner
-from .owners import Owners, mixed_arguments, token_owners
+from .owners import Owners, mixed_arguments, rank_span, token_owners
 from .partial import arrives_last, counters, sum_of_parts
 from .tiles import Tile
 
@@ -110,8 +110,8 @@ def decode_launch(
     block_r = next_block(R) if owners is None else owners.block_r
     tiles, split = triton.cdiv(N, tile.block_n), tile.splits > 1
     x_ref, w_ref, tma = described(tile, arch, x, (tile.block_m, tile.block_c), w, (tile.block_n, tile.block_c))
-    parts = [torch.empty(tile.splits, rows, M, dtype=torch.float32, device=x.device) for rows in (N, R) if split]
-    y_part, s_part = parts or (None, None)
+    y_part = torch.empty(tile.splits, N, M, dtype=torch.float32, device=x.device) if split else None
+    s_part = torch.empty(tile.splits, R, M, dtype=torch.float32, device=x.device) if split and a is not None else None
     return Launch(
         _decode_kernel,
         (tiles, tile.splits),
@@ -124,7 +124,7 @@ def decode_launch(
             scale=float(scale) if owners is None else owners.adapters.scale, inverse_keep=1.0 / (1.0 - p),
             threshold=drop_threshold(p), M=M, N=N, K=K, R=R,
             k_per_split=triton.cdiv(triton.cdiv(K, tile.block_c), tile.splits) * tile.block_c,
-            RANK_SPAN=triton.cdiv(R, block_r) * block_r, SPLITS=tile.splits, TMA=tma,
+            RANK_SPAN=rank_span(R, block_r, owners), SPLITS=tile.splits, TMA=tma,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_c, BLOCK_R=block_r,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),

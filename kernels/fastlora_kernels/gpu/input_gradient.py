@@ -15,7 +15,7 @@ from .descriptors import described
 from .jit import convert, dot, dropout_keys, keep_mask, load_tile, store_tile, tile_place
 from .launch import Launch, device_arch, next_block, operand
 from .low_rank import low_rank, of_owner
-from .owners import Owners, mixed_arguments, token_owners
+from .owners import Owners, mixed_arguments, rank_span, token_owners
 from .tiles import MAX_BLOCK_R, Tile, linear_tile, programs
 
 
@@ -87,7 +87,7 @@ def input_gradient_launch(
         seed_ptr=seed if p > 0 else None, **mixed_arguments(owners),
         inverse_keep=1.0 / (1.0 - p) if owners is None else owners.adapters.inverse_keep,
         threshold=drop_threshold(p) if owners is None else owners.adapters.threshold, M=M, N=N, K=K, R=R,
-        RANK_SPAN=triton.cdiv(R, block_r) * block_r, ACCUMULATE=accumulate,
+        RANK_SPAN=rank_span(R, block_r, owners), ACCUMULATE=accumulate,
         TMA=tma, FLATTEN=tile.persistent and a is None, GROUP=8,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_c, BLOCK_K=tile.block_n, BLOCK_R=block_r,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -17,7 +17,7 @@ from .descriptors import described
 from .jit import convert, dot, dropout_keys, keep_mask, load_tile, store_tile, tile_place
 from .launch import Launch, device_arch, next_block, operand
 from .low_rank import low_rank, of_owner
-from .owners import Owners, mixed_arguments, token_owners
+from .owners import Owners, mixed_arguments, rank_span, token_owners
 from .tiles import MAX_BLOCK_R, Tile, linear_tile, programs
 
 
@@ -125,7 +125,7 @@ def linear_launch(
         seed_ptr=seed if p > 0 else None, **mixed_arguments(owners),
         scale=float(scale) if owners is None else owners.adapters.scale, inverse_keep=1.0 / (1.0 - p),
         threshold=drop_threshold(p), M=M, N=N, K=K, R=R,
-        RANK_SPAN=triton.cdiv(R, block_r) * block_r, GIVEN_S=a is None and b is not None,
+        RANK_SPAN=rank_span(R, block_r, owners), GIVEN_S=a is None and b is not None,
         TMA=tma, FLATTEN=tile.persistent and s is None, GROUP=8,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_c, BLOCK_R=block_r,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

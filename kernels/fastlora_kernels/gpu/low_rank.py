@@ -18,7 +18,10 @@ def low_rank(
     RANK_SPAN: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """`[BLOCK_C, BLOCK_M]`; each of SPLITS programs adds another share of the ranks."""
+    """`[BLOCK_C, BLOCK_M]`; each of SPLITS programs adds another share of the ranks.
+
+    Tokens of one tile share the products: nan or inf in an adapter of one of them reaches the others of the tile.
+    """
     if first_ptr is None:
         for r in tl.range(split * BLOCK_R, RANK_SPAN, SPLITS * BLOCK_R, num_stages=1):  # no registers for loads ahead
             s = load_tile(s_ptr, stride_sm, stride_sr, first_m, r, M, R, BLOCK_M, BLOCK_R, False)
@@ -36,6 +39,8 @@ def low_rank(
                 own = (ranks >= 0) & (ranks < (end - begin)[:, None])
                 s = tl.load(s_ptr + offs_m.to(tl.int64) * stride_sm + ranks * stride_sr, own, other=0.0)
                 up = load_tile(up_ptr, stride_upc, stride_upr, first_c, column, C, last, BLOCK_C, BLOCK_R, False)
+                # What none of the tokens has may hold nan, which zeros of s would not silence.
+                up = tl.where((tl.max(own.to(tl.int32), 0) > 0)[None, :], up, 0.0)
                 acc = dot(convert(up, dtype), tl.trans(s), acc)
             column += BLOCK_R
             column = tl.min(tl.where(end > column, tl.maximum(begin, column), last), 0)

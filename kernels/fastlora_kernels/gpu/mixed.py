@@ -39,7 +39,7 @@ def lora_linear_mixed(
     check_operands(x, w, w_scale, None, None, bias=bias, seed=seed)
     _check_adapters(w, a, b, ranks, rows)
     owners = owners_of(rows, x.shape[0], ranks, scales, ps)
-    plan = _plan("forward", x, w, w_scale, owners)
+    plan = mixed_plan("forward", x, w, w_scale, owners)
     return planned_mixed(plan, x, w, w_scale, bias, a, b, owners, max(ps), seed)
 
 
@@ -77,16 +77,15 @@ def lora_linear_mixed_backward(
     check_operands(x, w, w_scale, None, None, d_y=d_y, seed=seed)
     _check_adapters(w, a, b, ranks, rows)
     owners = owners_of(rows, d_y.shape[0], ranks, scales, ps)
-    plan = _plan("backward", d_y, w, w_scale, owners)
+    plan = mixed_plan("backward", d_y, w, w_scale, owners)
     needs = needs_x, needs_a, needs_b
     return planned_backward(plan, d_y, x, s, w, w_scale, a, b, 1.0, max(ps), seed, *needs, owners=owners)
 
 
-def _plan(op: str, x: Tensor, w: Tensor, w_scale: Tensor | None, owners: Owners) -> Plan:
-    """That of one adapter whose s comes from a launch of its own, as it does with dropout; x stands for d_y."""
-    R, some = max(owners.rank, owners.block_r if owners.block_r > owners.rank else 0), 0.5
-    size = x.shape[0], *w.shape, R
-    return choose_plan(device_arch(x.device), x.dtype, *size, w_scale is not None, some, op, device_name(x.device))
+def mixed_plan(op: str, x: Tensor, w: Tensor, w_scale: Tensor | None, owners: Owners) -> Plan:
+    """That of one adapter whose s comes from a launch of its own, as it does with dropout; x is d_y in the backward."""
+    size, dropout = (x.shape[0], *w.shape, max(owners.rank, owners.block_r)), 0.5
+    return choose_plan(device_arch(x.device), x.dtype, *size, w_scale is not None, dropout, op, device_name(x.device))
 
 
 def _check_adapters(w: Tensor, a: Tensor, b: Tensor, ranks: Sequence[int], rows: Tensor) -> None:

@@ -22,7 +22,8 @@ from ..reference import drop_threshold
 from .launch import next_block
 from .tiles import MAX_BLOCK_R
 
-SHORT_ROW = 64  # tokens; of shorter rows a tile holds several, whose adapters are taken more than one at a time
+FEW_TOKENS = 64  # of a batch that small tiles serve; of a row such that a tile holds several
+MANY_TOKENS_BLOCK_R = 32  # more ranks at a time spill registers in the large tiles
 _ROWS_AT_ONCE = tl.constexpr(128)
 
 
@@ -66,8 +67,9 @@ class Owners:
     @property
     def block_r(self) -> int:
         """Ranks that a product takes at a time: those of one adapter, or of as many as fit where rows are short."""
-        several = self.row_tokens < SHORT_ROW and len(self.ranks) > 1
-        return MAX_BLOCK_R if several else min(next_block(self.rank), MAX_BLOCK_R)
+        most = MAX_BLOCK_R if self.row_tokens * self.rows.shape[0] <= FEW_TOKENS else MANY_TOKENS_BLOCK_R
+        several = self.row_tokens < FEW_TOKENS and len(self.ranks) > 1
+        return most if several else min(next_block(self.rank), most)
 
     def slices(self, tokens: int) -> int:
         """Slices of at most so many tokens, none of which has tokens of two rows."""
@@ -112,6 +114,11 @@ def mixed_arguments(owners: Owners | None) -> dict[str, Any]:
         return dict(rows_ptr=None, first_ptr=None, E=0, row_tokens=0)
     first = owners.adapters.first
     return dict(rows_ptr=owners.rows, first_ptr=first, E=len(owners.ranks), row_tokens=owners.row_tokens)
+
+
+def rank_span(R: int, block_r: int, owners: Owners | None) -> int:
+    """The ranks of one adapter in whole blocks; of several the kernel finds out, and one compilation serves all."""
+    return triton.cdiv(R, block_r) * block_r if owners is None else 0
 
 
 @triton.jit
