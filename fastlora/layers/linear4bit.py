@@ -35,7 +35,6 @@ class LoraLinear4bit(LinearLayer):
     quant_state: Any
     compute_dtype: torch.dtype | None
     compute_type_is_set: bool
-    runs: tuple[tuple[str | None, slice], ...] = ()  # of rows of one adapter, in a mixed batch
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -74,10 +73,6 @@ class LoraLinear4bit(LinearLayer):
             return self._linear(x, bias)
         return self._linear(x, None) + bias.to(x.dtype)
 
-    def mix_adapters(self, mix: Mix | None) -> None:
-        super().mix_adapters(mix)
-        self.runs = () if mix is None else mix.runs
-
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.mix is not None and self.adapters_enabled:
             return self._mixed(x, bias, self.mix)
@@ -98,8 +93,7 @@ class LoraLinear4bit(LinearLayer):
         y = self._frozen(x, bias)
         x_rows, y_rows = x.reshape(B, M // B, -1), y.reshape(B, M // B, -1)
         parts = [
-            y_rows[run] + self._added(x_rows[run], name) if name in mix.adapters else y_rows[run]
-            for name, run in self.runs
+            y_rows[run] if name is None else y_rows[run] + self._added(x_rows[run], name) for name, run in mix.runs
         ]
         return torch.cat(parts).view(y.shape)
 

@@ -36,7 +36,7 @@ class Mix:
 
     @cached_property
     def runs(self) -> tuple[tuple[str | None, slice], ...]:
-        """Neighbouring rows with one adapter, as the host knows them."""
+        """Neighbouring rows with one adapter, which the host has to know: it waits for the device, once per mix."""
         found, first = [], 0
         for index, rows in groupby(self.rows.tolist()):
             last = first + len(list(rows))
