@@ -30,9 +30,11 @@ class LinearLayer(FrozenLinear):
         return cls
 
     mix: Mix | None = None
+    together: tuple[Any, Tensor, Tensor] | None = None  # adapters of the mix, and what tells whether they changed
     seat: Seat | None = None  # in a group of layers that read the same tensor
 
     def mix_adapters(self, mix: Mix | None) -> None:
+        self.__dict__.pop("together", None)
         if mix is None:
             self.__dict__.pop("mix", None)
             return
@@ -135,7 +137,7 @@ class LinearLayer(FrozenLinear):
         if not mix.adapters:
             return self._frozen(x, bias)
         names = mix.adapters
-        a, b = torch.cat([self.lora_A[name] for name in names]), torch.cat([self.lora_B[name] for name in names], dim=1)
+        a, b = self._side_by_side(names)
         ranks, scales = [self.lora_A[name].shape[0] for name in names], [float(self.scaling[name]) for name in names]
         ps = [self.lora_dropout[name] if self.training else 0.0 for name in names]
         y = ops.lora_linear_mixed(
@@ -147,6 +149,17 @@ class LinearLayer(FrozenLinear):
             biases = [self._bias_of((name,)) if name in self.lora_B_bias else zero for name in mix.adapters]
             y = add_rows(y, mix.rows, torch.stack([zero, *biases]))
         return y
+
+    def _side_by_side(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """A and B of adapters as one matrix each; without gradients made once per mix, until one is written to."""
+        all_a, all_b = [self.lora_A[name] for name in names], [self.lora_B[name] for name in names]
+        together = [*all_a, *all_b]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(p.is_inference() for p in together):
+            return torch.cat(all_a), torch.cat(all_b, dim=1)
+        state = [(parameter.data_ptr(), parameter._version) for parameter in together]
+        if self.together is None or self.together[0] != state:
+            self.together = state, torch.cat(all_a), torch.cat(all_b, dim=1)
+        return self.together[1:]
 
     def _added(self, x: Tensor, adapter: str) -> Tensor:
         """What one adapter adds to the frozen layer's output."""
