@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import implementation
+from .dispatch import run
 from .dtensor import check_local
 from .linear import check_linear, check_threshold, is_plain
 
@@ -20,12 +20,8 @@ LISTS = 6  # of tensors among the arguments: ws, w_scales, biases, a_s, b_s, see
 
 
 def _run(name: str, x: Tensor, a_s: Sequence[Tensor], *inputs: Any) -> Any:
-    """Calls a function of the room that computes for x at the highest rank of `a_s`, without autocast."""
-    function = getattr(implementation(x, max(a.shape[0] for a in a_s)), name)
-    if not torch.is_autocast_enabled(x.device.type):
-        return function(*inputs)
-    with torch.autocast(x.device.type, enabled=False):
-        return function(*inputs)
+    """Calls a function of the room that computes for x at the highest rank of `a_s`."""
+    return run(name, x, max(a.shape[0] for a in a_s), *inputs)
 
 
 @torch.library.custom_op("fastlora::lora_linear_group", mutates_args=())

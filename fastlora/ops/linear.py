@@ -14,21 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .dispatch import implementation
+from .dispatch import run
 from .dtensor import check_local
 
 
 def _run(name: str, a: Tensor | None, *inputs: Any) -> Any:
-    """Calls a function of the room that computes for the first input at the rank of `a`.
-
-    Autocast is off meanwhile: a room chooses the dtype of each product itself.
-    """
-    function = getattr(implementation(inputs[0], 0 if a is None else a.shape[0]), name)
-    device = inputs[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return function(*inputs)
-    with torch.autocast(device, enabled=False):
-        return function(*inputs)
+    """Calls a function of the room that computes for the first input at the rank of `a`."""
+    return run(name, inputs[0], 0 if a is None else a.shape[0], *inputs)
 
 
 @torch.library.custom_op("fastlora::lora_linear", mutates_args=())
