@@ -6,20 +6,24 @@
     4  the time of the shrink, by the generator of its dropout mask
     5  the time that PEFT's layers take
 
-Rows are written as soon as they are there.
+Rows are written as soon as they are there. A figure that breaks the GPU for its process is left, and a new process
+goes on with the next one.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import Builder, DeviceClock, copies, machine, prepare
+from gpu import Builder, DeviceClock, copies, failures, machine, prepare
 from gpu_layers import BF16, Place, Shape, check_linear, frozen, ours, peft_fp32, peft_layer, training
+from gpu_stage import gpu_is_broken
 from harness import Laps, append_rows, assert_accurate, rounds_within, rows_from_samples, rows_not_run
 from rng_variants import VARIANTS, masked_shrink
 from torch import Tensor
@@ -149,8 +153,8 @@ def peft_times(place: Place, write: Write) -> None:
 FIGURES = [bf16_product, int8_weight_product, int8_products, shrink_by_generator, peft_times]
 
 
-def writer(place: Place, file: Path) -> Write:
-    """A function that times contenders in turn and adds their rows to a file."""
+def writer(place: Place, file: Path, failed: list[str]) -> Write:
+    """A function that times contenders in turn and adds their rows to a file, and what of ours failed to `failed`."""
     facts = machine() if place.device == "cuda" and not place.tiny else None
 
     def write(
@@ -158,6 +162,7 @@ def writer(place: Place, file: Path) -> Write:
         work: dict[str, float],
     ) -> None:  # fmt: skip
         ready, notes = prepare(builders, graphed=False, strict=place.tiny)
+        failed.extend(f"{case}: {one}" for one in failures(notes))
         if place.tiny:
             return
         laps = Laps(ready, DeviceClock())  # type: ignore[arg-type]
@@ -178,23 +183,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="JSON file for the rows")
     parser.add_argument("--tiny", action="store_true", help="once at tiny sizes, on any device, without timing")
+    parser.add_argument("--after", type=int, default=0, help="how many figures to leave out")
+    parser.add_argument("--failed", action="store_true", help="end with 1, for an earlier process that broke the GPU")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.tiny:
         raise SystemExit("there is no GPU: --tiny runs everything once without timing")
     if device == "cpu" and not INTERPRETED:
         raise SystemExit("there is no GPU: set TRITON_INTERPRET=1 to run the kernels without one")
-    place = Place(device, options.tiny)
-    write, failed = writer(place, options.file), []
-    for figure in FIGURES:
+    place, failed = Place(device, options.tiny), []
+    write = writer(place, options.file, failed)
+    for index, figure in enumerate(FIGURES[options.after :], options.after + 1):
         try:
             figure(place, write)
         except Exception as error:  # one figure less, and the others still come
             if options.tiny:
                 raise
             failed.append(f"{figure.__name__}: {type(error).__name__}: {error}")
-            print(f"failed: {failed[-1]}", flush=True)
-    if failed:
+        if gpu_is_broken():
+            print(f"the GPU is broken for this process: {failed}", flush=True)
+            command = [__file__, str(options.file), "--after", str(index), "--failed"]
+            os.execv(sys.executable, [sys.executable, *command])
+    print("\n".join(f"failed: {one}" for one in failed) or "all figures are there", flush=True)
+    if failed or options.failed:
         raise SystemExit(1)
 
 

@@ -69,7 +69,7 @@ def test_a_group_enters_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(tune, "DeviceClock", FakeClock)
     monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
-    monkeypatch.setattr(tune, "accepted", lambda *_: [])
+    monkeypatch.setattr(tune, "ask", lambda group, *_: [(size, []) for size in group])
     now = {"seconds": 0.0}
     monkeypatch.setattr(tune.time, "monotonic", lambda: now["seconds"])
 

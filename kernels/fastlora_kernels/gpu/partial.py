@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .jit import convert
+
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -48,3 +50,21 @@ def sum_of_parts(part_tile, stride_part, parts, mask, ROWS: tl.constexpr, COLUMN
         total += tl.load(part_tile, mask, other=0.0, cache_modifier=".cg")
         part_tile += stride_part
     return total
+
+
+@triton.jit
+def store_sum(
+    out_tile, acc, scale, mask,  # [ROWS, COLUMNS]
+    part_ptr, places, stride_part,  # [parts, ...] float32 and where in a part the tile lies, where SHARED
+    part, parts, counter_ptr,
+    SHARED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Stores `scale * acc`, or where SHARED the same of the sum of what `parts` programs have in `acc`."""
+    if SHARED:
+        part_tile = part_ptr + places
+        tl.store(part_tile + part.to(tl.int64) * stride_part, acc, mask)
+        if arrives_last(counter_ptr, parts):
+            acc = sum_of_parts(part_tile, stride_part, parts, mask, ROWS, COLUMNS)
+            tl.store(out_tile, convert(acc * scale, out_tile.dtype.element_ty), mask)
+    else:
+        tl.store(out_tile, convert(acc * scale, out_tile.dtype.element_ty), mask)

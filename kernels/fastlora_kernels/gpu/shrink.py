@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..reference import drop_threshold
 from .jit import convert, dot, dropout_keys, keep_mask, load_tile
-from .launch import Launch, device_arch, next_block, operand
+from .launch import Launch, device_arch, device_name, next_block, operand
 from .partial import arrives_last, counters, sum_of_parts
-from .tiles import Tile, shrink_tile
+from .plan import side_tile
+from .tiles import Tile
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def shrink_launch(
 ) -> Launch:  # fmt: skip
     (M, K), R = x.shape, a.shape[0]
     block_r = next_block(R)
-    tile = tile or shrink_tile(arch, x.element_size(), M, K, block_r)
+    tile = tile or side_tile("shrink", arch, x.dtype, M, K, R, p, device_name(x.device))
     tiles = triton.cdiv(M, tile.block_m)
     k_per_split = triton.cdiv(triton.cdiv(K, tile.block_c), tile.splits) * tile.block_c
     split = tile.splits > 1

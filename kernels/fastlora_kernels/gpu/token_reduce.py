@@ -11,12 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import drop_threshold
-from .jit import convert, dot, dropout_keys, keep_mask, load_tile
-from .launch import Launch, device_arch, next_block, operand
-from .partial import arrives_last, counters, sum_of_parts
-from .tiles import Tile, token_reduce_tile
-
-TOKENS_PER_SLICE = 1024
+from .jit import dot, dropout_keys, keep_mask, load_tile
+from .launch import Launch, device_arch, device_name, next_block, operand
+from .partial import counters, store_sum
+from .plan import side_tile
+from .tiles import Tile
 
 
 @triton.jit
@@ -27,8 +26,8 @@ def _token_reduce_kernel(
     part_ptr, stride_part,  # [slices, R, C] float32 where there are several
     counter_ptr,  # [tiles of C] int32 where there are several slices
     seed_ptr,  # [1] int64 or None
-    scale, threshold, M, C, R,
-    SLICED: tl.constexpr, SLICE: tl.constexpr,
+    scale, threshold, M, C, R, slice_tokens,
+    SLICED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     dtype = left_ptr.dtype.element_ty
@@ -39,7 +38,7 @@ def _token_reduce_kernel(
     if seed_ptr is not None:
         key_1, key_2 = dropout_keys(seed_ptr)
     acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for m in range(part * SLICE, tl.minimum((part + 1) * SLICE, M), BLOCK_M):
+    for m in range(part * slice_tokens, tl.minimum((part + 1) * slice_tokens, M), BLOCK_M):
         left = load_tile(left_ptr, stride_leftm, stride_leftr, m, 0, M, R, BLOCK_M, BLOCK_R, False)
         right = load_tile(right_ptr, stride_rightm, stride_rightc, m, first_c, M, C, BLOCK_M, BLOCK_C, False)
         if seed_ptr is not None:
@@ -48,14 +47,13 @@ def _token_reduce_kernel(
             right = tl.where(keep, right, 0.0).to(dtype)
         acc = dot(tl.trans(left), right, acc)
     out_tile = out_ptr + offs_r[:, None].to(tl.int64) * stride_outr + offs_c[None, :].to(tl.int64) * stride_outc
+    places = offs_r[:, None].to(tl.int64) * C + offs_c[None, :]
     if SLICED:
-        part_tile = part_ptr + offs_r[:, None].to(tl.int64) * C + offs_c[None, :]
-        tl.store(part_tile + part.to(tl.int64) * stride_part, acc, inside)
-        if arrives_last(counter_ptr + pid_c, tl.num_programs(1)):
-            acc = sum_of_parts(part_tile, stride_part, tl.num_programs(1), inside, BLOCK_R, BLOCK_C)
-            tl.store(out_tile, convert(acc * scale, out_ptr.dtype.element_ty), inside)
-    else:
-        tl.store(out_tile, convert(acc * scale, out_ptr.dtype.element_ty), inside)
+        counter_ptr += pid_c
+    store_sum(
+        out_tile, acc, scale, inside, part_ptr, places, stride_part, part, tl.num_programs(1), counter_ptr,
+        SLICED, BLOCK_R, BLOCK_C,
+    )  # fmt: skip
 
 
 def token_reduce_launch(
@@ -64,8 +62,9 @@ def token_reduce_launch(
 ) -> Launch:  # fmt: skip
     (M, R), C = left.shape, right.shape[1]
     block_r = next_block(R)
-    tile = tile or token_reduce_tile(arch, left.element_size(), block_r)
-    slices, tiles = max(1, triton.cdiv(M, TOKENS_PER_SLICE)), triton.cdiv(C, tile.block_n)
+    tile = tile or side_tile("token_reduce", arch, left.dtype, M, C, R, p, device_name(left.device))
+    slice_tokens = max(1, triton.cdiv(triton.cdiv(M, tile.block_m), tile.splits)) * tile.block_m
+    slices, tiles = max(1, triton.cdiv(M, slice_tokens)), triton.cdiv(C, tile.block_n)
     sliced = slices > 1
     part = torch.empty(slices, R, C, dtype=torch.float32, device=left.device) if sliced else None
     return Launch(
@@ -75,7 +74,7 @@ def token_reduce_launch(
             **operand("left", left, "mr"), **operand("right", right, "mc"), **operand("out", out, "rc"),
             part_ptr=part, stride_part=R * C, counter_ptr=counters(tiles, left.device) if sliced else None,
             seed_ptr=seed if p > 0 else None, scale=scale / (1.0 - p), threshold=drop_threshold(p), M=M, C=C, R=R,
-            SLICED=sliced, SLICE=TOKENS_PER_SLICE, BLOCK_M=tile.block_m, BLOCK_C=tile.block_n, BLOCK_R=block_r,
+            slice_tokens=slice_tokens, SLICED=sliced, BLOCK_M=tile.block_m, BLOCK_C=tile.block_n, BLOCK_R=block_r,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
         flops=2 * M * C * R,
