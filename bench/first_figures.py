@@ -27,6 +27,7 @@ from gpu_stage import gpu_is_broken
 from harness import Laps, append_rows, assert_accurate, rounds_within, rows_from_samples, rows_not_run
 from rng_variants import VARIANTS, masked_shrink
 from torch import Tensor
+from tune_sizes import FIRST_TILES
 
 from fastlora import ops
 from fastlora_kernels import reference
@@ -38,11 +39,6 @@ from fastlora_kernels.gpu.tiles import Tile
 CUBLAS = "bf16, cuBLAS"
 SHAPES = [(8192, 4096, 4096), (8192, 4096, 14336)]
 SECONDS = 0.5
-# Of our own product: the safe plan may be cuBLAS itself.
-TILES = [
-    Tile(block_m, block_n, 64, 8, 3, tma=True, persistent=persistent)
-    for block_m, block_n, persistent in ((128, 256, True), (256, 128, True), (128, 128, True), (128, 256, False))
-]
 RANK, DROPOUT = 16, 0.05
 
 Write = Callable[..., None]
@@ -74,7 +70,7 @@ def products(shape: Shape, question: str, write: Write, ours_int8: bool) -> None
             partial(ops.lora_linear, x, *w, None, a, b, 2.0) for x, w in zip(xs, frozen_weights, strict=True)
         ],
     }
-    for tile in TILES[:1] if shape.place.tiny else TILES:
+    for tile in FIRST_TILES[:1] if shape.place.tiny else FIRST_TILES:
         name = f"our kernel, {tile.block_m} x {tile.block_n}{', persistent' if tile.persistent else ''}"
         builders[name] = partial(own_product, tile, xs, frozen_weights, exact, eager)
     work = {"flop": shape.flop(), "bytes": shape.bytes(1.0 if ours_int8 else 2.0)}

@@ -13,11 +13,10 @@ from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError, as_com
 from itertools import product
 
 import torch
-from first_figures import TILES
 from gpu_sanitizer import cases
 from gpu_stage import seconds_left
 from tune import DROPOUT, FEATURES, groups
-from tune_sizes import BF16, AnySize, Size, refusal
+from tune_sizes import BF16, FIRST_TILES, AnySize, Size, refusal
 
 from fastlora_kernels.gpu.aot import specialisation
 from fastlora_kernels.gpu.plan import Plan, choose_plan
@@ -30,7 +29,7 @@ Job = tuple[AnySize, Plan]
 
 def first_figures(tokens: tuple[int, ...] = (512, 2048, 8192)) -> Iterator[Job]:
     """Our product without an adapter, by tile."""
-    for tile, int8, M in product(TILES, (False, True), tokens):
+    for tile, int8, M in product(FIRST_TILES, (False, True), tokens):
         yield Size("forward", int8, 0.0, M, 4096, 4096, 0), Plan("two_pass", tile, "")
 
 

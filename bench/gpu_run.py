@@ -176,11 +176,11 @@ def stages_for(out: Path, python: str = sys.executable) -> list[Stage]:
         Stage("compiling", [python, "bench/gpu_compile.py"], 45),
         Stage("first figures", [python, "bench/first_figures.py", f"{out}/first-figures.json"], 70),
         Stage("correctness", tests, 100),
-        Stage("tuning", [python, "bench/tune.py", "--results", str(out)], 75),
-        Stage("target table", [*bench, "-m", "gpu and not full"], 135),
+        Stage("tuning", [python, "bench/tune.py", "--results", str(out)], 72),
+        Stage("target table", [*bench, "-m", "gpu and not full"], 128),
         report,
-        Stage("memory checks", [python, "bench/gpu_sanitizer.py"], 30),
-        Stage("sweeps", [*bench, "-m", "gpu and full"], 36),
+        Stage("memory checks", [python, "bench/gpu_sanitizer.py"], 45),
+        Stage("sweeps", [*bench, "-m", "gpu and full"], 34),
         report,
     ]
 

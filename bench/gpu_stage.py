@@ -57,6 +57,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.when == "call" and report.failed and gpu_is_broken():
+    if report.failed and gpu_is_broken():
         print(f"\n{report.nodeid} broke the GPU for this process:\n{report.longreprtext[-2000:]}", flush=True)
         os._exit(BROKEN_GPU)

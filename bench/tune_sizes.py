@@ -1,4 +1,7 @@
-"""What is tuned: an operator or a kernel at one size, its operands, its candidates, and the compiler on them."""
+"""What is tuned: an operator or a kernel at one size, its operands, its candidates, and the compiler on them.
+
+Imports no more than the kernels: every process that compiles imports it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import ops
 from fastlora_kernels import reference
 from fastlora_kernels.gpu import aot
 from fastlora_kernels.gpu.candidates import candidates, side_candidates
@@ -18,11 +20,17 @@ from fastlora_kernels.gpu.launch import Launch, device_arch
 from fastlora_kernels.gpu.lora_linear import planned_forward
 from fastlora_kernels.gpu.lora_linear_backward import planned_backward
 from fastlora_kernels.gpu.plan import Plan
+from fastlora_kernels.gpu.quantize import quantize_rows
 from fastlora_kernels.gpu.side import Operands, layers_of, meta_operands, side_launch
-from fastlora_kernels.gpu.tiles import spread
+from fastlora_kernels.gpu.tiles import Tile, spread
 
 BF16 = torch.bfloat16
 SEED = 1234567
+# Of our own product in the first figures, where the safe plan may be cuBLAS itself.
+FIRST_TILES = [
+    Tile(block_m, block_n, 64, 8, 3, tma=True, persistent=persistent)
+    for block_m, block_n, persistent in ((128, 256, True), (256, 128, True), (128, 128, True), (128, 256, False))
+]
 Results = tuple[Tensor, ...]
 
 
@@ -55,7 +63,7 @@ class Size:
             return torch.randn(*sizes, generator=generator, device=device)
 
         w = random(self.N, self.K) / self.K**0.5
-        codes, scale = ops.quantize_rows(w) if self.int8 else (w.to(BF16), None)
+        codes, scale = quantize_rows(w) if self.int8 else (w.to(BF16), None)
         return dict(
             x=random(self.M, self.K).to(BF16), d_y=random(self.M, self.N).to(BF16), s=random(self.M, self.R).to(BF16),
             w=codes, w_scale=scale, a=random(self.R, self.K) / self.K**0.5, b=random(self.N, self.R) / 10,
@@ -117,7 +125,7 @@ class SideSize:
 
         return dict(
             wide=random(self.M, self.K).to(BF16), narrow=random(self.M, self.R).to(BF16),
-            a=random(self.R, self.K) / self.K**0.5,
+            a=random(self.R, self.K) / self.K**0.5, b=random(self.K, self.R) / self.K**0.5,
             seeds=SEED + seed + torch.arange(layers_of(self.op, self.R), device=device),
         )  # fmt: skip
 
@@ -129,13 +137,14 @@ class SideSize:
         launch.run(operands.wide.device)
         return tuple(written)
 
-    def eager(self, dtype: torch.dtype, wide: Tensor, narrow: Tensor, a: Tensor, seeds: Tensor) -> Results:
-        x, low, a16 = wide.to(dtype), narrow.to(dtype), a.to(dtype)
+    def eager(self, dtype: torch.dtype, wide: Tensor, narrow: Tensor, a: Tensor, b: Tensor, seeds: Tensor) -> Results:
+        """What `run` gives, by eager PyTorch in a dtype; gradients of A and B come in theirs where that is wider."""
+        x, low, own = wide.to(dtype), narrow.to(dtype), torch.promote_types(dtype, a.dtype)
         if self.op == "output_reduce":
-            return x @ a16.T, (x.T @ low).to(a.dtype if dtype == BF16 else dtype)
+            return x @ b.to(dtype), (x.T @ low).to(own)
         if self.op == "token_reduce":
-            return ((low.T @ self._dropped(x, seeds)).to(a.dtype if dtype == BF16 else dtype),)
-        parts = zip(seeds.split(1), a16.chunk(len(seeds)), strict=True)
+            return ((low.T @ self._dropped(x, seeds)).to(own),)
+        parts = zip(seeds.split(1), a.to(dtype).chunk(len(seeds)), strict=True)
         return (torch.cat([self._dropped(x, seed) @ part.T for seed, part in parts], dim=1),)
 
     def _dropped(self, x: Tensor, seed: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ class Operands:
     Args:
         wide: `[M, C]`, the activations or the gradient of an output.
         narrow: `[M, R]`, s or its gradient.
-        a: `[R, C]`; its transpose stands for B.
+        a, b: `[R, C]` and `[C, R]`.
         seeds: `[layers]` int64 for as many layers as share A in `group_shrink`, else `[1]`.
         p: probability of dropout; `group_shrink` is for p above 0.
     """
@@ -31,6 +30,7 @@ class Operands:
     wide: Tensor
     narrow: Tensor
     a: Tensor
+    b: Tensor
     seeds: Tensor
     p: float
 
@@ -46,20 +46,20 @@ def meta_operands(op: str, dtype: torch.dtype, M: int, C: int, R: int, p: float)
     def empty(*shape: int, of: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=of, device="meta")
 
-    seeds = empty(layers_of(op, R), of=torch.int64)
-    return Operands(empty(M, C, of=dtype), empty(M, R, of=dtype), empty(R, C, of=torch.float32), seeds, p)
+    a, b = empty(R, C, of=torch.float32), empty(C, R, of=torch.float32)
+    return Operands(empty(M, C, of=dtype), empty(M, R, of=dtype), a, b, empty(layers_of(op, R), of=torch.int64), p)
 
 
 def side_launch(op: str, arch: int | None, given: Operands, tile: Tile | None = None) -> tuple[Launch, list[Tensor]]:
     """The launch of the kernel `op` of `SIDE_OPS`, and the tensors that it writes."""
-    wide, narrow, a, seeds, p = given.wide, given.narrow, given.a, given.seeds, given.p
-    like: dict[str, Any] = dict(dtype=wide.dtype, device=wide.device)
-    s, d_a = torch.empty(narrow.shape, **like), torch.empty_like(a)
-    if op == "shrink":
-        return shrink_launch(wide, a, p, seeds, 1.0, s, arch, tile), [s]
+    wide, a, b, seeds, p = given.wide, given.a, given.b, given.seeds, given.p
+    if op == "token_reduce":
+        d_a = torch.empty_like(a)
+        return token_reduce_launch(given.narrow, wide, 1.0, p, seeds, d_a, arch, tile), [d_a]
+    s = torch.empty(given.narrow.shape, dtype=wide.dtype, device=wide.device)
+    if op == "output_reduce":
+        d_b = torch.empty_like(b)
+        return output_reduce_launch(wide, given.narrow, b, 1.0, s, d_b, arch, tile), [s, d_b]
     if op == "group_shrink":
         return group_shrink_launch(wide, a, p, seeds, s, arch, tile), [s]
-    if op == "token_reduce":
-        return token_reduce_launch(narrow, wide, 1.0, p, seeds, d_a, arch, tile), [d_a]
-    b, d_b = a.T, torch.empty_like(a.T, memory_format=torch.contiguous_format)
-    return output_reduce_launch(wide, narrow, b.contiguous(), 1.0, s, d_b, arch, tile), [s, d_b]
+    return shrink_launch(wide, a, p, seeds, 1.0, s, arch, tile), [s]
