@@ -26,12 +26,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gpu_stage import BEGUN, BROKEN_GPU, UNTIL
-
 ROOT = Path(__file__).parent.parent
 SECONDS = 520  # of nine minutes
 PATIENCE = 5  # seconds between asking a stage to stop and stopping it
 NOTICE = 8  # seconds before its limit at which a stage is to begin nothing more
+UNTIL, BEGUN = "FASTLORA_STAGE_UNTIL", "FASTLORA_STAGE_BEGUN"  # environment variables of a stage
+BROKEN_GPU = 75  # exit code of a stage that wants to be started again
 LOG, SUMMARY = "log.txt", "run.json"
 MOST_LOGGED = 8 << 20  # bytes of log.txt
 GPU_TESTS = ["test_kernels_*.py", "test_group_ops.py", "test_mixed_ops.py", "test_dropout.py"]
@@ -168,7 +168,7 @@ def stages_for(out: Path, python: str = sys.executable) -> list[Stage]:
     questions = [f"bench/test_gpu_{name}.py" for name in QUESTIONS]
     bench = [*pytest, *questions, "--benchmark-quiet", "--results", str(out)]
     files = sorted(file for name in GPU_TESTS for file in (ROOT / "tests").glob(name))
-    tests = [*pytest, *(f"tests/{file.name}" for file in files), "-k", "not cpu", "-v", f"--junit-xml={out}/tests.xml"]
+    tests = [*pytest, *(f"tests/{file.name}" for file in files), "-k", "not cpu", "-vv", f"--junit-xml={out}/tests.xml"]
     if importlib.util.find_spec("xdist"):
         tests += ["--numprocesses", str(TEST_PROCESSES)]
     report = Stage("report", [python, "bench/report.py", "--gpu", "--results", str(out)], 12, "report.txt")

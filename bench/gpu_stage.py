@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-UNTIL, BEGUN = "FASTLORA_STAGE_UNTIL", "FASTLORA_STAGE_BEGUN"  # environment variables
-BROKEN_GPU = 75  # exit code
+from gpu_run import BEGUN, BROKEN_GPU, UNTIL
 
 
 def seconds_left(default: float = 1e9) -> float:
