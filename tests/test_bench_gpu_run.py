@@ -40,8 +40,8 @@ def test_stages_end_in_their_own_time(tmp_path, impatient):
     start = time.monotonic()
     result = gpu_run.run(
         [
-            stage("fine", "print('first words')"),
-            stage("wrong", "raise SystemExit(3)"),
+            stage("fine", "print('first words')", 4),
+            stage("wrong", "raise SystemExit(3)", 4),
             stage("slow", slow, 3),
             stage("deaf", stubborn, 3),
             stage("report", "print('a table')", output="report.txt"),
@@ -106,19 +106,8 @@ def test_tests_go_on_after_the_one_that_broke_the_gpu(tmp_path):
     """And past the time of the stage none begins."""
     (tmp_path / "test_some.py").write_text(TESTS)
     site = gpu_run.environment_for(tmp_path) | {"FASTLORA_STAGE_BEGUN": str(tmp_path / "begun")}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-rs",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "gpu_stage",
-        "-p",
-        "no:xdist",
-    ]
+    plugins = "-p no:cacheprovider -p gpu_stage -p no:xdist"
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", *plugins.split()]
 
     def run(until: float) -> subprocess.CompletedProcess:
         variables = site | {"FASTLORA_STAGE_UNTIL": str(until)}
@@ -159,8 +148,12 @@ def test_without_the_tool_that_is_said(monkeypatch, capsys):
 
 def test_what_is_checked_is_every_kernel(device, monkeypatch):
     """Launched as compiled before: on tensors without memory, so that nothing compiles under the tool."""
-    made: list[Launch] = []
-    monkeypatch.setattr(Launch, "run", lambda launch, where: made.append(launch))
+    made, record = [], Launch.run
+
+    def run(launch: Launch, where: torch.device) -> None:
+        record(launch, where) if where.type == "meta" else made.append(launch)
+
+    monkeypatch.setattr(Launch, "run", run)
     kernels = set()
     for size, plan in gpu_sanitizer.cases():
         operands, arch = size.operands(device), device_arch(torch.device(device))
