@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import Builder, DeviceClock, machine, prepare
+from gpu import Builder, DeviceClock, failures, machine, prepare
 from gpu_layers import Place
 from harness import (
     RESULTS,
@@ -118,12 +118,13 @@ def race(interleaved, record, benchmark, place) -> Callable[..., None]:
         if place.tiny:
             benchmark.pedantic(lambda: [lap() for lap in ready.values()])
             return
-        laps = interleaved(ready, seconds, DeviceClock(launch_bound))
+        laps = interleaved(ready, seconds, DeviceClock(launch_bound)) if ready else Laps({})
         rows = rows_from_samples(question, case, laps, over, "us", 1e6, sizes, work) + rows_not_run(
             question, case, notes
         )
         benchmark.extra_info["rows"] = [vars(row) for row in rows]
         record(rows)
+        assert not failures(notes)
 
     return run
 

@@ -6,23 +6,28 @@
     4  the time of the shrink, by the generator of its dropout mask
     5  the time that PEFT's layers take
 
-Rows are written as soon as they are there.
+Rows are written as soon as they are there. A figure that breaks the GPU for its process is left, and a new process
+goes on with the next one.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import Builder, DeviceClock, copies, machine, prepare
+from gpu import Builder, DeviceClock, copies, failures, machine, prepare
 from gpu_layers import BF16, Place, Shape, check_linear, frozen, ours, peft_fp32, peft_layer, training
+from gpu_stage import gpu_is_broken
 from harness import Laps, append_rows, assert_accurate, rounds_within, rows_from_samples, rows_not_run
 from rng_variants import VARIANTS, masked_shrink
 from torch import Tensor
+from tune_sizes import FIRST_TILES
 
 from fastlora import ops
 from fastlora_kernels import reference
@@ -34,11 +39,6 @@ from fastlora_kernels.gpu.tiles import Tile
 CUBLAS = "bf16, cuBLAS"
 SHAPES = [(8192, 4096, 4096), (8192, 4096, 14336)]
 SECONDS = 0.5
-# Of our own product: the safe plan may be cuBLAS itself.
-TILES = [
-    Tile(block_m, block_n, 64, 8, 3, tma=True, persistent=persistent)
-    for block_m, block_n, persistent in ((128, 256, True), (256, 128, True), (128, 128, True), (128, 256, False))
-]
 RANK, DROPOUT = 16, 0.05
 
 Write = Callable[..., None]
@@ -70,7 +70,7 @@ def products(shape: Shape, question: str, write: Write, ours_int8: bool) -> None
             partial(ops.lora_linear, x, *w, None, a, b, 2.0) for x, w in zip(xs, frozen_weights, strict=True)
         ],
     }
-    for tile in TILES[:1] if shape.place.tiny else TILES:
+    for tile in FIRST_TILES[:1] if shape.place.tiny else FIRST_TILES:
         name = f"our kernel, {tile.block_m} x {tile.block_n}{', persistent' if tile.persistent else ''}"
         builders[name] = partial(own_product, tile, xs, frozen_weights, exact, eager)
     work = {"flop": shape.flop(), "bytes": shape.bytes(1.0 if ours_int8 else 2.0)}
@@ -149,8 +149,8 @@ def peft_times(place: Place, write: Write) -> None:
 FIGURES = [bf16_product, int8_weight_product, int8_products, shrink_by_generator, peft_times]
 
 
-def writer(place: Place, file: Path) -> Write:
-    """A function that times contenders in turn and adds their rows to a file."""
+def writer(place: Place, file: Path, failed: list[str]) -> Write:
+    """A function that times contenders in turn and adds their rows to a file, and what of ours failed to `failed`."""
     facts = machine() if place.device == "cuda" and not place.tiny else None
 
     def write(
@@ -158,6 +158,7 @@ def writer(place: Place, file: Path) -> Write:
         work: dict[str, float],
     ) -> None:  # fmt: skip
         ready, notes = prepare(builders, graphed=False, strict=place.tiny)
+        failed.extend(f"{case}: {one}" for one in failures(notes))
         if place.tiny:
             return
         laps = Laps(ready, DeviceClock())  # type: ignore[arg-type]
@@ -178,23 +179,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="JSON file for the rows")
     parser.add_argument("--tiny", action="store_true", help="once at tiny sizes, on any device, without timing")
+    parser.add_argument("--after", type=int, default=0, help="how many figures to leave out")
+    parser.add_argument("--failed", action="store_true", help="end with 1, for an earlier process that broke the GPU")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.tiny:
         raise SystemExit("there is no GPU: --tiny runs everything once without timing")
     if device == "cpu" and not INTERPRETED:
         raise SystemExit("there is no GPU: set TRITON_INTERPRET=1 to run the kernels without one")
-    place = Place(device, options.tiny)
-    write, failed = writer(place, options.file), []
-    for figure in FIGURES:
+    place, failed = Place(device, options.tiny), []
+    write = writer(place, options.file, failed)
+    for index, figure in enumerate(FIGURES[options.after :], options.after + 1):
         try:
             figure(place, write)
         except Exception as error:  # one figure less, and the others still come
             if options.tiny:
                 raise
             failed.append(f"{figure.__name__}: {type(error).__name__}: {error}")
-            print(f"failed: {failed[-1]}", flush=True)
-    if failed:
+        if gpu_is_broken():
+            print(f"the GPU is broken for this process: {failed}", flush=True)
+            command = [__file__, str(options.file), "--after", str(index), "--failed"]
+            os.execv(sys.executable, [sys.executable, *command])
+    print("\n".join(f"failed: {one}" for one in failed) or "all figures are there", flush=True)
+    if failed or options.failed:
         raise SystemExit(1)
 
 

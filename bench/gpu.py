@@ -7,15 +7,22 @@ time of a lap per call. `graphed` replays a lap as a CUDA graph, without the tim
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from fastlora_kernels.gpu.tables import tables_for
+
 L2_FACTOR, MOST_COPIES = 3, 32
 WARM_UPS = 3
-FLUSHED = 1 << 29  # bytes: over any L2 cache, and a tenth of a millisecond during which Python queues the calls
+FLUSHED = 1 << 29  # bytes: over any L2 cache
+FLUSH_SECONDS = 1e-4  # that a GPU takes for them at least, at 5 TB/s
+MOST_FLUSHES = 100
+
+FAILED, OURS = "failed: ", ("fastlora", "our ")
 
 Calls = Sequence[Callable[[], Any]]
 Builder = Callable[[], Calls]
@@ -65,22 +72,28 @@ class DeviceClock:
 
     Args:
         launch_bound: start with an idle GPU, so that the time is that of Python where it launches more slowly than the
-            GPU works. Else the GPU is kept busy until the calls are queued.
+            GPU works. Else the GPU is kept busy until the calls are queued, by as many flushes as that took last time.
         event, flush, synchronize: what CUDA has for it.
+        queued: seconds that it took to queue a lap, by the lap.
     """
 
     launch_bound: bool = False
     event: Callable[[], Any] = lambda: torch.cuda.Event(enable_timing=True)
     flush: Callable[[], Any] = field(default_factory=_flush)
     synchronize: Callable[[], Any] = torch.cuda.synchronize
+    queued: dict[int, float] = field(default_factory=dict)
 
     def __call__(self, lap: Any) -> float:
         start, end = self.event(), self.event()
-        self.flush()
+        wanted = 0.0 if self.launch_bound else 1.5 * self.queued.get(id(lap), 0.0)
+        for _ in range(max(1, min(MOST_FLUSHES, math.ceil(wanted / FLUSH_SECONDS)))):
+            self.flush()
         if self.launch_bound:
             self.synchronize()
         start.record()
+        begin = time.perf_counter()
         lap()
+        self.queued[id(lap)] = time.perf_counter() - begin
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / len(lap.calls)
@@ -110,16 +123,22 @@ def prepare(builders: dict[str, Builder], graphed: bool, strict: bool) -> tuple[
             ready[name] = Graph(calls) if graphed else Lap(calls)
         except NotInstalledError as error:
             notes[name] = f"not installed: {error}"
-        except Exception as error:  # whatever a peer raises is its result, and the others still run
-            if strict or name.startswith("fastlora"):
+        except Exception as error:  # whatever a contender raises is its result, and the others still run
+            if strict:
                 raise
-            notes[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            notes[name] = f"{FAILED}{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
     return ready, notes
+
+
+def failures(notes: dict[str, str]) -> list[str]:
+    """What of ours could not run; a peer that cannot is news and no failure."""
+    return [f"{name} {note}" for name, note in notes.items() if name.startswith(OURS) and note.startswith(FAILED)]
 
 
 def machine() -> dict[str, Any]:
     """The GPU, and what runs it."""
     properties = torch.cuda.get_device_properties(0)
+    tables = tables_for(10 * properties.major + properties.minor, properties.name)
     return {
         "gpu": properties.name,
         "capability": f"sm_{properties.major}{properties.minor}",
@@ -127,4 +146,5 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(properties.total_memory / (1 << 30), 1),
         "l2_mib": round(properties.L2_cache_size / (1 << 20), 1),
         "cuda": torch.version.cuda,
+        "plans": "; ".join(table.source() for table in tables) or "safe ones",
     }

@@ -93,12 +93,16 @@ class Holder(nn.Module):
 
 
 def fill_adapters(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random values for A and B, the same for every contender: B would start at zero."""
+    """Random values for A and B, the same for every contender: B would start at zero.
+
+    Contenders have other parameters beside them, and other names for these, so what counts is their order.
+    """
+    adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     with torch.no_grad():
-        for index, (name, parameter) in enumerate(model.named_parameters()):
-            if "lora_" in name:
-                generator = torch.Generator(parameter.device).manual_seed(300 + seed + index)
-                nn.init.normal_(parameter, std=0.02, generator=generator)
+        for index, parameter in enumerate(adapters):
+            generator = torch.Generator(parameter.device).manual_seed(300 + seed + index)
+            values = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+            parameter.copy_(0.02 * values)  # drawn in float32, so that another dtype rounds the same ones
     return model
 
 

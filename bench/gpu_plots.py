@@ -7,10 +7,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from roofline import Row, ceilings, is_timed, tflops
 
-Row = dict[str, Any]
 SWEEP, MEMORY = "linear by tokens", "bytes for backward, GPU"
-COPY = "copy of as many bytes"
 COLORS = ("tab:blue", "tab:cyan", "tab:orange", "tab:brown", "tab:gray", "tab:green", "tab:red")
 
 
@@ -18,8 +17,8 @@ def draw(rows: list[Row], file: Path) -> None:
     measured = [row for row in rows if row["median"] is not None]
     figure = Figure(figsize=(18, 6), layout="constrained")
     roofline, speed, memory = figure.subplots(1, 3)
-    draw_roofline(roofline, [row for row in measured if row.get("work") and row["unit"] == "us"])
-    draw_lines(speed, [row for row in measured if row["question"] == SWEEP], lambda row: tflops(row))
+    draw_roofline(roofline, [row for row in measured if is_timed(row)])
+    draw_lines(speed, [row for row in measured if row["question"] == SWEEP], tflops)
     speed.set(xscale="log", yscale="log", xlabel="tokens", ylabel="TFLOP/s of the frozen product")
     speed.set_title("Speed of one linear over tokens", loc="left")
     draw_lines(memory, [row for row in measured if row["question"] == MEMORY], lambda row: row["median"])
@@ -30,10 +29,6 @@ def draw(rows: list[Row], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def tflops(row: Row) -> float:
-    return row["work"]["flop"] / row["median"] / 1e6
-
-
 def draw_roofline(axis: Axes, rows: list[Row]) -> None:
     """Each row's speed over its operations per byte, under the ceilings that were measured in the same run."""
     groups: dict[str, list[Row]] = {}
@@ -42,10 +37,8 @@ def draw_roofline(axis: Axes, rows: list[Row]) -> None:
     for color, (name, group) in zip(COLORS * len(groups), groups.items(), strict=False):
         intensity = [row["work"]["flop"] / row["work"]["bytes"] for row in group]
         axis.scatter(intensity, [tflops(row) for row in group], s=18, color=color, label=name)
-    copies = [row["work"]["bytes"] / row["median"] / 1e6 for row in rows if row["contender"] == COPY]
-    products = [tflops(row) for row in rows if "cuBLAS" in row["contender"]]
-    if copies and products:
-        bandwidth, peak = max(copies), max(products)
+    if most := ceilings(rows):
+        bandwidth, peak = most.terabytes, most.tflops
         axis.plot([1, peak / bandwidth, 1e4], [bandwidth, peak, peak], color="black", linewidth=1)
         axis.set_xlabel(f"operations per byte; ceilings: cuBLAS {peak:.0f} TFLOP/s, copy {bandwidth:.2f} TB/s")
     axis.set(xscale="log", yscale="log", ylabel="TFLOP/s of the frozen products")

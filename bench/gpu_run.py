@@ -1,7 +1,8 @@
 """Everything that is to be measured on a machine with a GPU, in one run that ends by itself: `make gpu OUT=folder`.
 
 Runs on the Python that starts it and installs nothing; wheels of a folder are unpacked for the run alone. What matters
-most comes first, every stage has a time limit and leaves its results when it is stopped, and the whole ends in time.
+most comes first, every stage has a time limit and leaves its results when it is stopped, and the whole ends in time;
+what a stage does not need of its time is for those after it. The benchmarks run with the table that the tuning made.
 OUT gets at most eight files: run.json (what ran, how long, how it ended), log.txt, first-figures.json, tests.xml,
 GPU.json (the rows of the benchmarks), tuned-GPU.json, report.txt and GPU.png.
 """
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,14 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 SECONDS = 520  # of nine minutes
 PATIENCE = 5  # seconds between asking a stage to stop and stopping it
+NOTICE = 8  # seconds before its limit at which a stage is to begin nothing more
+UNTIL, BEGUN = "FASTLORA_STAGE_UNTIL", "FASTLORA_STAGE_BEGUN"  # environment variables of a stage
+BROKEN_GPU = 75  # exit code of a stage that wants to be started again
 LOG, SUMMARY = "log.txt", "run.json"
 MOST_LOGGED = 8 << 20  # bytes of log.txt
-GPU_TESTS = ["test_kernels_*.py", "test_group_ops.py", "test_mixed_ops.py", "test_dropout.py", "test_runtime.py"]
+GPU_TESTS = ["test_kernels_*.py", "test_group_ops.py", "test_mixed_ops.py", "test_dropout.py"]
 QUESTIONS = ["linear", "layers", "int8", "decode", "merge", "memory", "mixed"]  # the most important first
-TEST_PROCESSES = 8  # compiling is most of what a test of a kernel does
+TEST_PROCESSES = min(16, os.cpu_count() or 1)  # compiling is most of what a test of a kernel does
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,17 @@ class Stage:
 
 @dataclass
 class Outcome:
-    """How a stage ended: "done", "failed" (`code` tells), "stopped" at its limit, or "no time left" before it began."""
+    """How a stage ended: "done", "failed" (`code` tells), "stopped" at its limit, or "no time left" before it began.
+
+    `last` is the last line that it printed, and `restarts` counts how often it broke the GPU and was started again.
+    """
 
     name: str
     ended: str
     seconds: float = 0.0
     code: int | None = None
+    last: str = ""
+    restarts: int = 0
 
 
 @dataclass
@@ -75,26 +84,45 @@ class Run:
 def run(stages: list[Stage], out: Path, seconds: float, environment: dict[str, str] | None = None) -> Run:
     """Runs stages in turn until `seconds` are over; run.json is up to date after each."""
     out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + seconds
+    start = time.monotonic()
+    end = start + seconds
     result = Run(datetime.now(UTC).isoformat(timespec="seconds"))
     result.write(out)
+    planned = start
     for stage in stages:
-        limit = min(stage.limit, end - time.monotonic() - PATIENCE)
-        outcome = run_stage(stage, out, limit, environment) if limit > 1 else Outcome(stage.name, "no time left")
+        planned += stage.limit
+        limit = min(planned, end - PATIENCE) - time.monotonic()
+        outcome = _in_parts(stage, out, limit, environment) if limit > 1 else Outcome(stage.name, "no time left")
         result.stages.append(outcome)
         _tidy(out)
         result.write(out)
-        print(f"{outcome.name}: {outcome.ended}, {outcome.seconds:.0f} s", flush=True)
+        print(f"{outcome.name}: {outcome.ended}, {outcome.seconds:.0f} s; {outcome.last}", flush=True)
     return result
+
+
+def _in_parts(stage: Stage, out: Path, limit: float, environment: dict[str, str] | None) -> Outcome:
+    """Runs one stage, and again from where it was each time that it breaks the GPU."""
+    end, restarts, seconds = time.monotonic() + limit, 0, 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        variables = (environment or dict(os.environ)) | {BEGUN: f"{folder}/begun"}
+        while True:
+            left = end - time.monotonic()
+            variables[UNTIL] = str(time.time() + left - min(NOTICE, left / 4))
+            outcome = run_stage(stage, out, left, variables)
+            seconds += outcome.seconds
+            if outcome.code != BROKEN_GPU or end - time.monotonic() < NOTICE:
+                return replace(outcome, seconds=round(seconds, 1), restarts=restarts)
+            restarts += 1
 
 
 def run_stage(stage: Stage, out: Path, limit: float, environment: dict[str, str] | None = None) -> Outcome:
     """Runs one stage, in a session of its own that ends with it."""
-    start = time.monotonic()
-    with (out / stage.output).open("ab" if stage.output == LOG else "wb") as file:
+    start, log = time.monotonic(), out / stage.output
+    with log.open("ab" if stage.output == LOG else "wb") as file:
         if stage.output == LOG:
             file.write(f"\n==== {stage.name}: {' '.join(stage.command)}\n".encode())
             file.flush()
+        begin = file.tell()
         process = subprocess.Popen(
             stage.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -106,8 +134,10 @@ def run_stage(stage: Stage, out: Path, limit: float, environment: dict[str, str]
             ended = "stopped"
         finally:
             _stop(process)
+    lines = log.read_bytes()[begin:].decode(errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
     _shorten(out / LOG)
-    return Outcome(stage.name, ended, round(time.monotonic() - start, 1), process.returncode)
+    return Outcome(stage.name, ended, round(time.monotonic() - start, 1), process.returncode, last[:300])
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -134,21 +164,23 @@ def _tidy(out: Path) -> None:
 def stages_for(out: Path, python: str = sys.executable) -> list[Stage]:
     """What to run, the most important first; together within `SECONDS`."""
     out = out.resolve()
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_stage"]
     questions = [f"bench/test_gpu_{name}.py" for name in QUESTIONS]
     bench = [*pytest, *questions, "--benchmark-quiet", "--results", str(out)]
     files = sorted(file for name in GPU_TESTS for file in (ROOT / "tests").glob(name))
-    tests = [*pytest, *(f"tests/{file.name}" for file in files), "--maxfail=25", f"--junit-xml={out}/tests.xml"]
+    tests = [*pytest, *(f"tests/{file.name}" for file in files), "-k", "not cpu", "-vv", f"--junit-xml={out}/tests.xml"]
     if importlib.util.find_spec("xdist"):
         tests += ["--numprocesses", str(TEST_PROCESSES)]
-    report = Stage("report", [python, "bench/report.py", "--gpu", "--results", str(out)], 15, "report.txt")
+    report = Stage("report", [python, "bench/report.py", "--gpu", "--results", str(out)], 12, "report.txt")
     return [
-        Stage("first figures", [python, "bench/first_figures.py", f"{out}/first-figures.json"], 95),
-        Stage("correctness", tests, 110),
-        Stage("target table", [*bench, "-m", "gpu and not full"], 150),
+        Stage("compiling", [python, "bench/gpu_compile.py"], 45),
+        Stage("first figures", [python, "bench/first_figures.py", f"{out}/first-figures.json"], 70),
+        Stage("correctness", tests, 100),
+        Stage("tuning", [python, "bench/tune.py", "--results", str(out)], 72),
+        Stage("target table", [*bench, "-m", "gpu and not full"], 128),
         report,
-        Stage("tuning", [python, "bench/tune.py", "--results", str(out), "--seconds", "50"], 65),
-        Stage("sweeps", [*bench, "-m", "gpu and full"], 60),
+        Stage("memory checks", [python, "bench/gpu_sanitizer.py"], 45),
+        Stage("sweeps", [*bench, "-m", "gpu and full"], 34),
         report,
     ]
 
@@ -172,7 +204,7 @@ def unpack(wheels: Path, folder: Path) -> None:
 
 def environment_for(site: Path) -> dict[str, str]:
     """The packages of this repository and of the wheels before those of the machine."""
-    paths = [str(ROOT), str(ROOT / "kernels"), str(site), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench"), str(site), os.environ.get("PYTHONPATH", "")]
     changes = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     return os.environ | changes | {"PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
 
@@ -196,7 +228,7 @@ def main() -> None:
     try:
         if options.wheels:
             unpack(options.wheels, site)
-        environment = environment_for(site)
+        environment = environment_for(site) | {"FASTLORA_TABLES": str(options.out.resolve())}
         print(f"measuring on {check_gpu(environment)}, results in {options.out}", flush=True)
         result = run(stages_for(options.out), options.out, options.seconds - (time.monotonic() - start), environment)
     finally:

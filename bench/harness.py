@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -26,8 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-import fastlora
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -275,7 +274,8 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         # Run from its sources, this library is there without being installed.
-        return fastlora.__version__ if distribution == LIBRARIES["fastlora"] else "not installed"
+        ours = distribution == LIBRARIES["fastlora"]
+        return importlib.import_module("fastlora").__version__ if ours else "not installed"
 
 
 def _cpuinfo(name: str) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import torch
 from gpu import machine as gpu_machine
 from gpu_plots import draw as draw_gpu
 from harness import RESULTS, read_rows, results_file
@@ -17,9 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from targets import target_of, verdict
+from roofline import Ceilings, Row, ceilings, is_timed, share, terabytes, tflops
+from targets import GPU_TARGETS, Target, rows_of, target_of, verdict
 
-Row = dict[str, Any]
 FIRST_FIGURES = "first-figures.json"  # beside the rows of a GPU
 COLORS = {"fastlora": "tab:blue", "PEFT": "tab:orange"}
 STYLES = {"aim": "bold green", "reach": "green", "no": "red"}
@@ -41,12 +41,14 @@ def figures(row: Row) -> Iterator[tuple[str | None, float]]:
         yield None, row["median"]
 
 
-def make_table(question: str, rows: list[Row]) -> Table:
-    """`others` is how many cores other processes kept busy meanwhile."""
+def make_table(question: str, rows: list[Row], most: Ceilings | None = None) -> Table:
+    """`others` is how many cores other processes kept busy meanwhile; "roofline" the share of what the GPU can do."""
+    on_gpu = "gpu" in rows[-1]["machine"]
     table = Table(title=question, title_justify="left", title_style="bold")
     for column in ("case", "contender", "over"):
         table.add_column(column, no_wrap=True)
-    for column in ("median", "p20 to p80", "rate", "rounds", "others", "ratio", "reach", "aim", "met"):
+    extra = ("rate", "roofline") if on_gpu else ("others",)
+    for column in ("median", "p20 to p80", "rounds", *extra, "ratio", "reach", "aim", "met"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         cells = [row["case"], row["contender"]]
@@ -55,22 +57,47 @@ def make_table(question: str, rows: list[Row]) -> Table:
             continue
         spread = "" if row["p20"] is None else f"{row['p20']:.4g} to {row['p80']:.4g}"
         others = "" if row["others"] is None else f"{row['others']:.2f}"
-        measured = [f"{row['median']:.4g} {row['unit']}", spread, rate(row), str(row["rounds"]), others]
+        measured = [f"{row['median']:.4g} {row['unit']}", spread, str(row["rounds"])]
+        measured += [rate(row), roofline(row, most)] if on_gpu else [others]
         for over, value in figures(row):
             ratio = "" if over is None else f"{value:.3f}"
             table.add_row(*cells, over or "", *measured, ratio, *bounds(row, over, value))
-            cells, measured = ["", ""], [""] * 5
+            cells, measured = ["", ""], [""] * len(measured)
     return table
 
 
 def rate(row: Row) -> str:
-    """What a call does in a second, in the unit of what limits it: under 300 operations a byte that is memory."""
-    work = row.get("work") or {}
-    if row["unit"] != "us" or not work:
-        return ""
-    if work["flop"] < 300 * work["bytes"]:
-        return f"{work['bytes'] / row['median'] / 1e6:.2f} TB/s"
-    return f"{work['flop'] / row['median'] / 1e6:.0f} TFLOP/s"
+    """What a call does in a second of the least that it must."""
+    return f"{tflops(row):.0f} TFLOP/s, {terabytes(row):.2f} TB/s" if is_timed(row) else ""
+
+
+def roofline(row: Row, most: Ceilings | None) -> str:
+    return f"{share(row, most):.0%}" if most and is_timed(row) else ""
+
+
+def target_table(rows: list[Row]) -> Table:
+    """Every target of a GPU, with what was measured for it or that nothing was."""
+    most, table = ceilings(rows), Table(title="targets", title_justify="left", title_style="bold")
+    for column in ("question", "case", "contender", "over", "measured", "reach", "aim", "met", "rate", "roofline"):
+        table.add_column(column, no_wrap=True)
+    for target in GPU_TARGETS:
+        limits = [f"<= {target.reach:.4g}", "" if target.aim is None else f"<= {target.aim:.4g}"]
+        found = rows_of(target, rows)
+        if not found:
+            case = target.case.strip("^")
+            table.add_row(
+                target.question, case, target.contender, target.over or "", "not measured", *limits, "", "", ""
+            )
+        for row in found:
+            names = row["case"], row["contender"], target.over or ""
+            value = figure_of(row, target)
+            last = f"[{STYLES[met]}]{met}[/]" if (met := verdict(value, target)) else ""
+            table.add_row(target.question, *names, f"{value:.4g}", *limits, last, rate(row), roofline(row, most))
+    return table
+
+
+def figure_of(row: Row, target: Target) -> float:
+    return row["median"] if target.over is None else row["ratios"][target.over]
 
 
 def bounds(row: Row, over: str | None, value: float) -> list[str]:
@@ -129,20 +156,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", nargs="?", type=Path)
     parser.add_argument("--quick", action="store_true", help="the rows of a quick run")
-    parser.add_argument("--gpu", action="store_true", help="the rows of this machine's GPU")
+    parser.add_argument("--gpu", action="store_true", help="the rows of a GPU, and every target of one")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     arguments = parser.parse_args()
-    facts = gpu_machine() if arguments.gpu else None
-    file = arguments.file or results_file(arguments.quick, facts, arguments.results)
-    rows = read_rows(file.with_name(FIRST_FIGURES)) * arguments.gpu + read_rows(file)
-    if not rows:
-        raise SystemExit(f"no rows in {file}: run `make bench` first")
     console = Console(width=200)
+    file = arguments.file or file_of(arguments.gpu, arguments.quick, arguments.results)
+    rows = [] if file is None else read_rows(file.with_name(FIRST_FIGURES)) * arguments.gpu + read_rows(file)
+    if arguments.gpu:
+        console.print(target_table(rows))
+    elif not rows:
+        raise SystemExit(f"no rows in {file}: run `make bench` first")
+    if file is None or not rows:
+        console.print("not measured: there are no rows of a GPU")
+        return
+    most = ceilings(rows)
     for question in dict.fromkeys(row["question"] for row in rows):
-        console.print(make_table(question, [row for row in rows if row["question"] == question]))
+        console.print(make_table(question, [row for row in rows if row["question"] == question], most))
     console.print(origin(rows))
     (draw_gpu if "gpu" in rows[-1]["machine"] else draw)(rows, file.with_suffix(".png"))
     console.print(f"rows in {file}, plot in {file.with_suffix('.png')}")
+
+
+def file_of(gpu: bool, quick: bool, folder: Path) -> Path | None:
+    """The rows of this machine; without a GPU, those of the GPU that was measured last, or None."""
+    if not gpu or torch.cuda.is_available():
+        return results_file(quick, gpu_machine() if gpu else None, folder)
+    files = [one for one in folder.glob("*.json") if not one.name.startswith(("cpu-", "tuned-", "run.", FIRST_FIGURES))]
+    return max(files, key=lambda one: one.stat().st_mtime, default=None)
 
 
 if __name__ == "__main__":

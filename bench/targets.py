@@ -22,7 +22,7 @@ class Target:
     case: str = ""  # a regular expression that is found in the case
 
 
-TARGETS = [
+CPU_TARGETS = [
     Target("training", "fastlora (bf16|fp32)", "frozen base", 1.3, 1.15),
     Target("training", "fastlora int8.*", "frozen base", 1.5, 1.3),
     Target("training", "fastlora bf16", "PEFT bf16", 1 / 2, None),
@@ -33,7 +33,8 @@ TARGETS = [
     Target("generate", "fastlora int8", "bf16 without LoRA", 1.0, None),
     Target("overhead", "fastlora", None, 15.0, 10.0, case="^forward( without grad)?,"),
     Target("peak of quantising", "quantise|load and quantise", "bf16 model + one layer", 1.0, None),
-    # On a GPU. The cases are those of the sizes that they were set for.
+]
+GPU_TARGETS = [  # the cases are those of the sizes that they were set for
     Target("linear, forward", "fastlora bf16", "PEFT bf16", 1 / 1.25, 1 / 1.32, case="^8192 x 4096 -> 4096,"),
     Target("linear, forward + backward", "fastlora bf16", "PEFT bf16", 1 / 1.25, 1 / 1.31, case="-> 4096,"),
     Target("linear, forward + backward", "fastlora bf16", "PEFT bf16", 1 / 1.15, 1 / 1.2, case="-> 14336,"),
@@ -51,6 +52,7 @@ TARGETS = [
     Target("merge", "fastlora", "copy of as many bytes", 1 / 0.7, 1 / 0.85),
     Target("bytes for backward, GPU", "fastlora bf16", None, 700, 650, case="8192 tokens"),
 ]
+TARGETS = CPU_TARGETS + GPU_TARGETS
 
 
 def target_of(row: dict[str, Any], over: str | None) -> Target | None:
@@ -60,6 +62,15 @@ def target_of(row: dict[str, Any], over: str | None) -> Target | None:
         if fits and re.fullmatch(target.contender, row["contender"]) and re.search(target.case, row["case"]):
             return target
     return None
+
+
+def rows_of(target: Target, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that a target is for, those that were not measured left out."""
+    return [
+        row for row in rows
+        if row["median"] is not None and target_of(row, target.over) is target
+        and (target.over is None or target.over in row["ratios"])
+    ]  # fmt: skip
 
 
 def verdict(value: float, target: Target) -> str:

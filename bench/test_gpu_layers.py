@@ -31,6 +31,12 @@ OVER = [FLOOR, "PEFT bf16"]
 M = 8192
 
 
+def work_of(layers: list[tuple[int, int]], tokens: int) -> dict[str, float]:
+    """Of the frozen products of (N, K), forward and backward; layers that read one tensor read it each for itself."""
+    flop = sum(4.0 * tokens * N * K for N, K in layers)
+    return {"flop": flop, "bytes": sum(4.0 * (tokens * (N + K) + N * K) for N, K in layers)}
+
+
 def contenders(make, place, inputs) -> dict:
     return {
         FLOOR: lambda: step(make, frozen, place, inputs),
@@ -80,7 +86,9 @@ def test_group(race, place, name):
 
     inputs = [tokens(place, M, HIDDEN)]
     check_accuracy(make, place, inputs)
-    race("group, forward + backward", f"{name}, {len(inputs[0])} tokens", contenders(make, place, inputs), OVER)
+    work = work_of([(N, HIDDEN) for N in GROUPS[name].values()], M)
+    case = f"{name}, {len(inputs[0])} tokens"
+    race("group, forward + backward", case, contenders(make, place, inputs), OVER, work=work)
 
 
 def test_seven_linears(race, place):
@@ -90,7 +98,10 @@ def test_seven_linears(race, place):
         return SevenLinears(place)
 
     check_accuracy(make, place, inputs)
-    race("seven linears", f"Llama-8B, {len(inputs[0])} tokens", contenders(make, place, inputs), OVER)
+    with torch.device("meta"):
+        linears = [layer for layer in make().modules() if isinstance(layer, nn.Linear)]
+    work = work_of([(layer.out_features, layer.in_features) for layer in linears], M)
+    race("seven linears", f"Llama-8B, {len(inputs[0])} tokens", contenders(make, place, inputs), OVER, work=work)
 
 
 def test_whole_layer(race, place):

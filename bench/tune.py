@@ -23,15 +23,17 @@ from typing import Any
 import torch
 import triton
 from gpu import DeviceClock, Graph, Lap, copies
+from gpu_stage import gpu_is_broken, seconds_left
 from harness import Laps, rms, share
 from torch import Tensor
-from tune_sizes import BF16, Size, refusal
+from tune_sizes import BF16, AnySize, SideSize, Size, refusal
 
-from fastlora_kernels import reference
 from fastlora_kernels.gpu import tables
 from fastlora_kernels.gpu.plan import Plan
 
-TOKENS = {"forward": (8192, 1, 512, 2048, 64, 16), "backward": (8192, 512, 2048, 64)}
+TOKENS = {
+    "forward": (8192, 1, 512, 2048, 64, 16), "backward": (8192, 512, 2048, 64), "side": (8192, 2048, 512, 64),
+}  # fmt: skip
 FEATURES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 RANKS = (16, 64)
 DROPOUT = 0.05
@@ -39,9 +41,16 @@ GRAPHED_TO = 64  # tokens, up to which Python launches more slowly than a GPU wo
 ROUNDS, BOUND = 20, 2.0
 
 
-def groups() -> Iterator[list[Size]]:
+def groups() -> Iterator[list[AnySize]]:
     """Sizes that differ in their tokens alone, the most important first."""
     for R in RANKS:
+        for op, K, p in (
+            ("shrink", 4096, DROPOUT), ("output_reduce", 4096, 0.0), ("token_reduce", 4096, DROPOUT),
+            ("group_shrink", 4096, DROPOUT), ("output_reduce", 14336, 0.0), ("shrink", 4096, 0.0),
+        ):  # fmt: skip
+            if op == "group_shrink" and R > 16:
+                continue  # three of them are past the tiles that there is a choice of
+            yield [SideSize(op, p, M, K, 3 * R if op == "group_shrink" else R) for M in TOKENS["side"]]
         for N, K in FEATURES:
             for op, int8, p in (
                 ("forward", False, DROPOUT), ("backward", False, DROPOUT), ("forward", True, 0.0),
@@ -51,25 +60,10 @@ def groups() -> Iterator[list[Size]]:
                 yield [Size(op, int8, p, M, N, K, R) for M in TOKENS[op]]
 
 
-def exact_and_bounds(size: Size, operands: dict[str, Any]) -> list[tuple[Tensor, float]]:
+def exact_and_bounds(size: AnySize, operands: dict[str, Any]) -> list[tuple[Tensor, float]]:
     """Each result in float64, and the RMS error that a plan may have: twice that of eager PyTorch in bfloat16."""
-    exact, eager = _eager(size, operands, torch.float64), _eager(size, operands, BF16)
+    exact, eager = size.eager(torch.float64, **operands), size.eager(BF16, **operands)
     return [(one, BOUND * rms(other.double() - one)) for one, other in zip(exact, eager, strict=True)]
-
-
-def _eager(size: Size, operands: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    cast = {
-        name: value.to(dtype)
-        if isinstance(value, Tensor) and value.is_floating_point() and name != "w_scale"
-        else value
-        for name, value in operands.items()
-    }
-    d_y, s = cast.pop("d_y"), cast.pop("s")
-    if size.op == "forward":
-        return reference.lora_linear(bias=None, scale=2.0, p=size.p, **cast)
-    return reference.lora_linear_backward(
-        d_y, s=s, scale=2.0, p=size.p, needs_x=True, needs_a=True, needs_b=True, **cast
-    )
 
 
 def error_of(results: tuple[Tensor, ...], expected: list[tuple[Tensor, float]]) -> str:
@@ -84,10 +78,13 @@ def error_of(results: tuple[Tensor, ...], expected: list[tuple[Tensor, float]]) 
 Say = Callable[[str], None]
 
 
-def fastest(size: Size, plans: list[Plan], device: str, clock: Any, say: Say) -> tables.Row | None:
+class BrokenGpuError(RuntimeError):
+    """A plan has left the GPU unusable for this process."""
+
+
+def fastest(size: AnySize, plans: list[Plan], device: str, clock: Any, say: Say) -> tables.Row | None:
     """The row of the plan with the smallest median time; None where none is right."""
-    bytes_of_call = 2 * size.M * (size.N + size.K) + (1 if size.int8 else 2) * size.N * size.K
-    sets = [size.operands(device, seed) for seed in range(copies(bytes_of_call, device))]
+    sets = [size.operands(device, seed) for seed in range(copies(size.bytes, device))]
     expected, laps, by_label = exact_and_bounds(size, sets[0]), {}, {}
     for plan in plans:
         label = f"{plan.kind} {plan.tile}"
@@ -97,6 +94,8 @@ def fastest(size: Size, plans: list[Plan], device: str, clock: Any, say: Say) ->
             problem = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
         if problem:
             say(f"  left out {label}: {problem}")
+            if gpu_is_broken():
+                raise BrokenGpuError(f"{size.name}, {label}: {problem}")
             continue
         calls = [partial(size.run, plan, **operands) for operands in sets]
         laps[label] = Graph(calls) if size.M <= GRAPHED_TO and device == "cuda" else Lap(calls)
@@ -122,16 +121,20 @@ def others(medians: dict[str, float]) -> str:
     return ", ".join(f"{kind} {1e6 * median:.1f}" for kind, median in kinds.items())
 
 
-def row_of(size: Size, plan: Plan, microseconds: float) -> tables.Row:
+def row_of(size: AnySize, plan: Plan, microseconds: float) -> tables.Row:
+    dropout = None if size.op == "output_reduce" else size.p > 0
     return tables.Row(
-        size.op, "bfloat16", size.int8, size.p > 0, size.R, size.M, size.N, size.K, plan.kind, plan.tile,
+        size.op, "bfloat16", size.int8, dropout, size.R, size.M, size.N, size.K, plan.kind, plan.tile,
         round(microseconds, 2),
     )  # fmt: skip
 
 
-def accepted(pool: ProcessPoolExecutor, size: Size, arch: int) -> list[tuple[Plan, Future]]:
-    """Candidates, and what the compiler says to each once it has."""
-    return [(plan, pool.submit(refusal, plan, size, arch)) for plan in size.plans(arch)]
+Asked = list[tuple[AnySize, list[tuple[Plan, Future]]]]
+
+
+def ask(group: list[AnySize], pool: ProcessPoolExecutor, arch: int) -> Asked:
+    """The candidates for sizes, and what the compiler says to each once it has."""
+    return [(size, [(plan, pool.submit(refusal, plan, size, arch)) for plan in size.plans(arch)]) for size in group]
 
 
 def tune(file: Path, seconds: float, say: Say) -> None:
@@ -145,32 +148,32 @@ def tune(file: Path, seconds: float, say: Say) -> None:
     # Compiling needs no GPU, and a process with another driver for it must not have one.
     pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
     try:
-        for group in groups():
-            found = tuned(group, pool, arch, end, clock, say)
+        waiting = groups()
+        asked = ask(next(waiting), pool, arch)
+        while asked:
+            following = ask(next(waiting, []), pool, arch)  # compiled while the other group is measured
+            found = tuned(asked, end, clock, say)
             if time.monotonic() > end:
                 return
             rows += found
             date = datetime.now(UTC).isoformat(timespec="seconds")
             tables.write(tables.Table(properties.name, arch, True, versions, date, tuple(rows)), file)
+            asked = following
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def tuned(
-    group: list[Size], pool: ProcessPoolExecutor, arch: int, end: float, clock: Any, say: Say
-) -> list[tables.Row]:
-    """The rows of a group of sizes, all of which are compiled while the first is measured.
+def tuned(asked: Asked, end: float, clock: Any, say: Say) -> list[tables.Row]:
+    """The rows of a group of sizes.
 
     Raises:
         TimeoutError: the compiler was not done at `end`.
     """
-    asked = {size: accepted(pool, size, arch) for size in group}
     rows = []
-    for size, plans in asked.items():
+    for size, plans in asked:
         kept = []
         for plan, future in plans:
-            refused = future.result(max(1.0, end - time.monotonic()))
-            if refused:
+            if refused := future.result(max(1.0, end - time.monotonic())):
                 say(f"  refused {plan.kind} {plan.tile}: {refused}")
             else:
                 kept.append(plan)
@@ -187,7 +190,7 @@ def file_name(gpu: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, help="folder for the table, there called tuned-GPU.json")
-    parser.add_argument("--seconds", type=float, default=86400.0, help="when to stop")
+    parser.add_argument("--seconds", type=float, default=seconds_left(86400.0), help="when to stop")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU to tune for")
@@ -197,6 +200,8 @@ def main() -> None:
         tune(file, options.seconds, partial(print, flush=True))
     except TimeoutError:
         print("the time was over before the compiler was done", flush=True)
+    except BrokenGpuError as error:
+        raise SystemExit(f"a plan broke the GPU, the rest was not tuned: {error}") from None
     print(f"table in {file}" if file.exists() else "no group of sizes was finished: there is no table")
 
 

@@ -4,20 +4,24 @@ and the tables and plots on rows that are made up here and nowhere else."""
 import importlib
 import itertools
 import json
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import gpu
+import gpu_models
 import gpu_plots
 import harness
 import pytest
 import report
+import roofline
 import torch
 from gpu_layers import Place
 from rng_variants import masked_shrink
-from targets import TARGETS, target_of
+from targets import GPU_TARGETS, target_of
 
 from fastlora_kernels import reference
 
@@ -69,6 +73,19 @@ def test_a_sample_is_the_time_per_call_of_a_lap_alone(launch_bound):
     assert device.log == ["flush", *(["wait"] if launch_bound else []), "work", "work"]
 
 
+def test_a_gpu_is_kept_busy_for_as_long_as_queueing_takes():
+    device = FakeDevice()
+    lap, clock = gpu.Lap([lambda: time.sleep(2e-3)]), device.clock()
+    for _ in range(2):
+        clock(lap)
+    first, second = 1, device.log.count("flush") - 1
+    assert second >= 1.5 * 2e-3 / gpu.FLUSH_SECONDS > 10 * first
+    clock.queued[id(lap)] = 1e3
+    device.log.clear()
+    clock(lap)
+    assert device.log.count("flush") == gpu.MOST_FLUSHES
+
+
 def test_contenders_take_turns_and_ratios_are_within_a_round():
     device = FakeDevice()
     drift = itertools.count(1)  # the device slows down; the ratio does not see it
@@ -108,8 +125,12 @@ def test_what_cannot_run_is_a_row_with_the_reason():
     }  # fmt: skip
     rows = harness.rows_not_run("q", "c", notes)
     assert [row.median for row in rows] == [None, None]
-    with pytest.raises(RuntimeError):
-        gpu.prepare({"fastlora": broken}, graphed=False, strict=False)
+    assert gpu.failures(notes) == []
+    ready, notes = gpu.prepare(
+        {"fastlora bf16": broken, "fastlora int8": absent, "peer": lambda: [lambda: None]}, graphed=False, strict=False
+    )
+    assert list(ready) == ["peer"], "what of ours fails does not take the peers' rows along"
+    assert gpu.failures(notes) == ["fastlora bf16 failed: RuntimeError: no kernel image"]
     with pytest.raises(RuntimeError):
         gpu.prepare({"peer": broken}, graphed=False, strict=True)
 
@@ -153,7 +174,46 @@ def test_table_and_plots(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     for words in ("777 TFLOP/s", "not installed: peer", "1.200", "2.00 TB/s", "<= 1.429", "<= 700", "Made-up GPU"):
         assert words in printed, words
+    merge = next(line for line in printed.splitlines() if "fastlora" in line and "merge" in line)
+    assert re.search(r"1\.2 .* <= 1\.429 .* <= 1\.176 .* reach .* 0 TFLOP/s, 1\.67 TB/s .* 83%", merge), merge
+    assert printed.count("not measured") == len(GPU_TARGETS) - 2
     assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_results_every_target_is_not_measured(tmp_path, monkeypatch, capsys):
+    (tmp_path / "cpu-some.json").write_text("[]")
+    (tmp_path / "run.json").write_text("{}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["report.py", "--gpu", "--results", str(tmp_path)])
+    report.main()
+    printed = capsys.readouterr().out
+    assert printed.count("not measured") == len(GPU_TARGETS) + 1
+    for target in GPU_TARGETS:
+        assert f"<= {target.reach:.4g}" in printed
+
+
+def test_a_share_of_the_roofline_is_that_of_the_nearer_limit():
+    most = roofline.ceilings(ROWS)
+    assert (round(most.tflops, 1), most.terabytes) == (266.7, 2.0)
+    slow = {"question": "q", "median": 30.0, "unit": "us", "work": {"flop": 4e9, "bytes": 1e6}}
+    assert roofline.share(slow, most) == pytest.approx(0.5)
+    assert roofline.share(slow | {"work": {"flop": 1.0, "bytes": 6e6}}, most) == pytest.approx(0.1)
+    assert roofline.ceilings([row for row in ROWS if row["contender"] != roofline.COPY]) is None
+
+
+def test_contenders_have_the_same_adapters():
+    """An int8 model has scales among its parameters, and PEFT's other names; the values are the same all the same."""
+
+    def make():
+        return gpu_models.SevenLinears(Place("cpu", tiny=True))
+
+    drawn = [
+        [p for name, p in gpu_models.made(make, adapt, Place("cpu", tiny=True)).named_parameters() if "lora_" in name]
+        for adapt in (gpu_models.ours, gpu_models.ours_int8, gpu_models.peft_model, gpu_models.peft_fp32)
+    ]
+    for same in zip(*drawn, strict=True):
+        assert all(torch.equal(one.bfloat16(), same[0].bfloat16()) for one in same)
+    assert not torch.equal(drawn[0][0], drawn[0][2][:, : drawn[0][0].shape[1]])
 
 
 def test_plots_without_rows_that_they_are_for(tmp_path):
@@ -183,7 +243,7 @@ def test_every_target_of_a_linear_is_that_of_a_row():
     for N, launched in itertools.product((4096, 14336), ("as a CUDA graph", "by Python")):
         decode.test_decode(race, place, N, launched)
     questions = ("linear, ", "int8, ", "decode")
-    expected = {id(t) for t in TARGETS if t.question.startswith(questions) and t.over != "bf16 without LoRA"}
+    expected = {id(t) for t in GPU_TARGETS if t.question.startswith(questions)}
     assert found == expected
 
 

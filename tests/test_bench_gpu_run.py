@@ -8,10 +8,16 @@ import time
 import zipfile
 from pathlib import Path
 
+import gpu_compile
 import gpu_run
+import gpu_sanitizer
 import pytest
 import torch
 from gpu_run import Stage
+
+from fastlora_kernels.gpu.aot import WEIGHT_KERNELS, specialisation
+from fastlora_kernels.gpu.launch import Launch, device_arch
+from fastlora_kernels.gpu.tiles import SIDE_OPS
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,8 +40,8 @@ def test_stages_end_in_their_own_time(tmp_path, impatient):
     start = time.monotonic()
     result = gpu_run.run(
         [
-            stage("fine", "print('first words')"),
-            stage("wrong", "raise SystemExit(3)"),
+            stage("fine", "print('first words')", 4),
+            stage("wrong", "raise SystemExit(3)", 4),
             stage("slow", slow, 3),
             stage("deaf", stubborn, 3),
             stage("report", "print('a table')", output="report.txt"),
@@ -60,6 +66,114 @@ def test_the_whole_ends_in_time(tmp_path, impatient):
     assert [o.ended for o in result.stages] == ["stopped", "no time left"]
 
 
+def test_time_that_is_not_needed_is_for_later_stages(tmp_path, impatient):
+    stages = [stage("short", "pass", 6), stage("longer", "import time; time.sleep(4); print('whole')", 2)]
+    result = gpu_run.run(stages, tmp_path, 60)
+    assert [(o.ended, o.last) for o in result.stages][1] == ("done", "whole")
+
+
+BREAKS = """
+import os, sys
+begun = os.environ["FASTLORA_STAGE_BEGUN"]
+turn = len(open(begun).read()) if os.path.exists(begun) else 0
+open(begun, "a").write("x")
+print("turn", turn, float(os.environ["FASTLORA_STAGE_UNTIL"]) > 0)
+sys.exit({codes}[turn])
+"""
+
+
+@pytest.mark.parametrize(
+    ("codes", "ended", "last"), [([75, 75, 0], "done", "turn 2 True"), ([75, 1], "failed", "turn 1 True")]
+)
+def test_a_stage_that_breaks_the_gpu_goes_on(tmp_path, codes, ended, last):
+    (outcome,) = gpu_run.run([stage("breaks", BREAKS.format(codes=codes))], tmp_path, 60).stages
+    assert (outcome.ended, outcome.last, outcome.restarts) == (ended, last, len(codes) - 1)
+
+
+TESTS = """
+import gpu_stage, pytest
+broken = []
+gpu_stage.gpu_is_broken = lambda: bool(broken)
+def test_first(): pass
+def test_breaks():
+    broken.append(1)
+    assert False, "illegal memory access"
+def test_after(): pass
+"""
+
+
+def test_tests_go_on_after_the_one_that_broke_the_gpu(tmp_path):
+    """And past the time of the stage none begins."""
+    (tmp_path / "test_some.py").write_text(TESTS)
+    site = gpu_run.environment_for(tmp_path) | {"FASTLORA_STAGE_BEGUN": str(tmp_path / "begun")}
+    plugins = "-p no:cacheprovider -p gpu_stage -p no:xdist"
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", *plugins.split()]
+
+    def run(until: float) -> subprocess.CompletedProcess:
+        variables = site | {"FASTLORA_STAGE_UNTIL": str(until)}
+        return subprocess.run([*command, "test_some.py"], cwd=tmp_path, env=variables, capture_output=True, text=True)
+
+    first, second = run(time.time() + 60), run(time.time() + 60)
+    assert (first.returncode, second.returncode) == (75, 0)
+    assert "test_breaks broke the GPU for this process" in first.stdout
+    assert "1 passed, 2 skipped" in second.stdout
+    (tmp_path / "begun").unlink()
+    assert "3 skipped" in (late := run(time.time() - 1).stdout)
+    assert "the time of the stage was over" in late
+
+
+SUMMARIES = {
+    "clean": (0, "========= ERROR SUMMARY: 0 errors", "memcheck: clean, ERROR SUMMARY: 0 errors"),
+    "found": (
+        86,
+        "========= Invalid write\n========= ERROR SUMMARY: 3 errors",
+        "memcheck: FOUND ERROR SUMMARY: 3 errors",
+    ),
+    "refused": (255, "========= Error: Device not supported", "memcheck: does not work on this machine, Error: Device"),
+    "slow": (None, "", "memcheck: not over in time"),
+}
+
+
+@pytest.mark.parametrize(("code", "output", "words"), SUMMARIES.values(), ids=SUMMARIES.keys())
+def test_what_the_memory_checks_say(code, output, words):
+    assert gpu_sanitizer.verdict("memcheck", code, output).startswith(words)
+
+
+def test_without_the_tool_that_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_sanitizer.shutil, "which", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_sanitizer.py"])
+    gpu_sanitizer.main()
+    assert capsys.readouterr().out == "not run: compute-sanitizer is not installed\n"
+
+
+def test_what_is_checked_is_every_kernel(device, monkeypatch):
+    """Launched as compiled before: on tensors without memory, so that nothing compiles under the tool."""
+    made, record = [], Launch.run
+
+    def run(launch: Launch, where: torch.device) -> None:
+        record(launch, where) if where.type == "meta" else made.append(launch)
+
+    monkeypatch.setattr(Launch, "run", run)
+    kernels = set()
+    for size, plan in gpu_sanitizer.cases():
+        operands, arch = size.operands(device), device_arch(torch.device(device))
+        made.clear()
+        size.run(plan, **operands)
+        ran = {specialisation(launch) for launch in made}
+        assert ran == {specialisation(launch) for launch in size.launches(plan, arch)}, (size, plan)
+        kernels |= {name for name, *_ in ran}
+    assert {f"_{name}_kernel" for name in (*SIDE_OPS, *WEIGHT_KERNELS, "dense_copy")} <= kernels
+
+
+def test_what_is_compiled_ahead(monkeypatch):
+    """What the first figures and the target table launch comes before the candidates of the tuning."""
+    found = list(gpu_compile.new_jobs(90, "NVIDIA H200"))
+    kinds = [type(size).__name__ + plan.kind for (size, plan), _ in found]
+    assert kinds[0] == "Sizetwo_pass"
+    assert {"Sizedecode", "Sizefused", "Sizescratch", "SideSizeshrink", "SideSizegroup_shrink"} <= set(kinds)
+    assert sum(variants for _, variants in found[:60]) < 200, "more than 16 cores compile in a quarter of a minute"
+
+
 def test_the_summary_is_there_while_a_stage_runs(tmp_path, impatient):
     look = f"import json; print([s['name'] for s in json.load(open({str(tmp_path / 'run.json')!r}))['stages']])"
     gpu_run.run([stage("one", "pass"), stage("two", look, output="seen.txt")], tmp_path, 30)
@@ -71,7 +185,7 @@ def test_what_a_stage_started_ends_with_it(tmp_path, impatient):
     ticks = tmp_path / "ticks"
     child = f"import time\nwhile True: open({str(ticks)!r}, 'a').write('.'); time.sleep(0.05)"
     spawn = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep({{}})"
-    gpu_run.run([stage("leaves", spawn.format(1)), stage("stopped", spawn.format(60), 2)], tmp_path / "out", 30)
+    gpu_run.run([stage("leaves", spawn.format(1), 4), stage("stopped", spawn.format(60), 2)], tmp_path / "out", 30)
     size = ticks.stat().st_size
     time.sleep(0.5)
     assert size > 0
@@ -89,7 +203,7 @@ def test_a_long_log_is_cut(tmp_path, monkeypatch):
 def test_the_real_stages(tmp_path):
     stages = gpu_run.stages_for(tmp_path)
     names = [one.name for one in stages]
-    assert names[:3] == ["first figures", "correctness", "target table"]
+    assert names[:5] == ["compiling", "first figures", "correctness", "tuning", "target table"]
     assert sum(one.limit for one in stages) <= gpu_run.SECONDS <= 9 * 60 - 2 * gpu_run.PATIENCE
     for one in stages:
         for word in one.command[1:]:

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import tune
-from tune_sizes import Size
+from tune_sizes import SideSize, Size
 
 from fastlora_kernels.gpu import tables
 from fastlora_kernels.gpu.plan import Plan
-from fastlora_kernels.gpu.tiles import Tile
+from fastlora_kernels.gpu.tiles import SIDE_OPS, Tile
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,6 +29,23 @@ def test_candidates_of_every_size():
             kinds = {plan.kind for plan in plans}
             assert len(plans) == len(set(plans)) > 1
             assert kinds <= set(tables.KINDS)
+            assert tables.parse(
+                tables.dump(tables.Table("", 90, True, {}, None, (tune.row_of(size, plans[0], 1.0),))), ""
+            )
+
+
+@pytest.mark.parametrize("op", SIDE_OPS)
+def test_kernels_beside_the_product_are_held_to_eager(op, device):
+    """With the sum shared by several programs and not, over several ragged tiles."""
+    size = SideSize(op, 0.25, *((540, 130) if "reduce" in op else (40, 1030)), R=6)
+    operands = size.operands(device)
+    expected = tune.exact_and_bounds(size, operands)
+    for splits in (1, 40):
+        tile = Tile(32, 128 if "reduce" in op else 0, 0 if "reduce" in op else 64, 4, 2, splits=splits)
+        results = size.run(Plan(op, tile, ""), **operands)
+        assert not tune.error_of(results, expected)
+        wrong = tuple(1.1 * result for result in results)
+        assert tune.error_of(wrong, expected)
 
 
 class FakeClock:
@@ -69,7 +86,7 @@ def test_a_group_enters_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(tune, "DeviceClock", FakeClock)
     monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
-    monkeypatch.setattr(tune, "accepted", lambda *_: [])
+    monkeypatch.setattr(tune, "ask", lambda group, *_: [(size, []) for size in group])
     now = {"seconds": 0.0}
     monkeypatch.setattr(tune.time, "monotonic", lambda: now["seconds"])
 

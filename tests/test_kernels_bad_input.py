@@ -31,11 +31,17 @@ def test_forward_names_what_is_wrong():
         (ValueError, r"bias: expected shape \[24\], found \[1\]", dict(bias=torch.ones(1))),
         (ValueError, r"bias: expected device cpu, that of w, found meta", dict(bias=torch.ones(24, device="meta"))),
         (ValueError, r"seed: expected one number on cpu, found \[2\]", dict(seed=torch.ones(2))),
+        (ValueError, r"x: expected device cpu, that of w, found meta", dict(x=torch.ones(5, 32, device="meta"))),
+        (ValueError, r"b: expected device cpu, that of w, found meta", dict(b=torch.ones(24, 4, device="meta"))),
+        (ValueError, r"seed: expected one number on cpu, found \[1\] on meta", dict(seed=torch.ones(1, device="meta"))),
         (TypeError, r"x: expected one of .*, found torch.int32", dict(x=torch.ones(5, 32, dtype=torch.int32))),
         (TypeError, r"w: expected one of .* without a w_scale, found torch.int8", dict(w_scale=None)),
         (TypeError, r"w: expected one of \(torch.int8,\) with a w_scale, found", dict(w=torch.ones(24, 32))),
         (ValueError, r"expected axes up to 2147482624, found 2147483648 tokens",
          dict(x=torch.ones(1, 1).expand(2**31, 32))),
+        (ValueError, r"expected axes up to 2147482624, found 5 tokens, 32 in and 2147483648 out features",
+         dict(w=torch.ones(1, 1, dtype=torch.int8).expand(2**31, 32), b=torch.ones(1, 1).expand(2**31, 4), bias=None,
+              w_scale=torch.ones(1).expand(2**31))),
     ]:  # fmt: skip
         refused(error, message, gpu.lora_linear, inputs, **changes)
 
@@ -46,6 +52,11 @@ def test_backward_names_what_is_wrong():
         (r"d_y: expected shape \[5, 24\], found \[5, 25\]", dict(d_y=torch.ones(5, 25))),
         (r"x: expected shape \[5, 32\], found \[6, 32\]", dict(x=torch.ones(6, 32))),
         (r"s: expected shape \[5, 4\], found \[5, 8\]", dict(s=torch.ones(5, 8))),
+        (r"d_y: expected device cpu, that of w, found meta", dict(d_y=torch.ones(5, 24, device="meta"))),
+        (
+            r"expected axes up to 2147482624, found 2147483648 tokens",
+            dict(d_y=torch.ones(1, 1).expand(2**31, 24), x=None, s=None),
+        ),
     ]:
         refused(ValueError, message, gpu.lora_linear_backward, inputs, **changes)
 

@@ -1,5 +1,6 @@
 """Which plan is chosen for what, from which table, and what it costs."""
 
+import functools
 import json
 import logging
 import sys
@@ -11,18 +12,30 @@ from accuracy import compare
 from inputs import backward_inputs, linear_inputs
 
 from fastlora_kernels import gpu, reference
+from fastlora_kernels.gpu import partial, scratch, tables
 from fastlora_kernels.gpu import plan as plan_module
-from fastlora_kernels.gpu import scratch, tables
-from fastlora_kernels.gpu.candidates import candidates
+from fastlora_kernels.gpu.candidates import candidates, side_candidates
 from fastlora_kernels.gpu.cost import cost
 from fastlora_kernels.gpu.launch import Launch
 from fastlora_kernels.gpu.lora_linear import planned_forward
 from fastlora_kernels.gpu.lora_linear_backward import planned_backward
-from fastlora_kernels.gpu.plan import Plan, choose_plan, safe_plan
-from fastlora_kernels.gpu.tiles import Tile
+from fastlora_kernels.gpu.plan import Plan, choose_plan, safe_plan, side_tile
+from fastlora_kernels.gpu.tiles import MULTIPROCESSORS, SIDE_OPS, SPAN, Tile, side_tile_by_rule, spread
 
 HOPPER, BF16, L2_BYTES = 90, torch.bfloat16, 50e6
 SMALL = Tile(16, 32, 32, 4, 2)
+
+
+@pytest.fixture(autouse=True)
+def _rules_alone(monkeypatch):
+    """What was measured and shipped for some GPU has no part in these tests."""
+    rules = tuple(table for table in tables.shipped() if not table.measured)
+    monkeypatch.setattr(tables, "shipped", functools.cache(lambda: rules))
+    for choice in (choose_plan, side_tile):
+        choice.cache_clear()
+    yield
+    for choice in (choose_plan, side_tile):
+        choice.cache_clear()
 
 
 def chosen(M, R=16, int8=True, p=0.0, op="forward", arch=HOPPER, dtype=BF16):
@@ -114,10 +127,12 @@ def test_a_decode_plan_refuses_more_tokens_than_a_tile(device):
         planned_forward(Plan("decode", SMALL, ""), **linear_inputs((17, 32, 32, 4), BF16, device))
 
 
+@pytest.mark.parametrize("op", ["forward", "backward"])
 @pytest.mark.parametrize("kind", ["scratch", "cublas"])
-def test_no_memory_for_the_scratch_converts_in_the_product(device, monkeypatch, caplog, kind):
-    inputs = linear_inputs((13, 64, 48, 8), BF16, device, int8=True)
-    expected = planned_forward(Plan("two_pass", SMALL, ""), **inputs)
+def test_no_memory_for_the_scratch_converts_in_the_product(device, monkeypatch, caplog, kind, op):
+    make, planned = (linear_inputs, planned_forward) if op == "forward" else (backward_inputs, planned_backward)
+    inputs = make((13, 64, 48, 8), BF16, device, int8=True)
+    expected = planned(Plan("two_pass", SMALL, ""), **inputs)
     empty = torch.empty
 
     def full(*shape, **options):
@@ -129,7 +144,7 @@ def test_no_memory_for_the_scratch_converts_in_the_product(device, monkeypatch, 
     monkeypatch.setattr(scratch.torch, "empty", full)
     with caplog.at_level(logging.WARNING, logger="fastlora.kernels"):
         for _ in range(2):
-            actual = planned_forward(Plan(kind, SMALL, ""), **inputs)
+            actual = planned(Plan(kind, SMALL, ""), **inputs)
             assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
     assert len(caplog.records) == 1
 
@@ -175,9 +190,88 @@ def test_broken_tables_are_named(change, message):
 def test_a_gpu_prefers_its_own_table(monkeypatch):
     made = [tables.Table(name, 90, name is not None, {}, None, ()) for name in ("NVIDIA H100", "NVIDIA H200", None)]
     monkeypatch.setattr(tables, "shipped", lambda: tuple(made))
-    assert tables.table_for(90, "NVIDIA H200") is made[1]
-    assert tables.table_for(90, "NVIDIA GH200") is made[0], "a measured table of the architecture before a rule"
-    assert tables.table_for(80, "NVIDIA A100") is None
+    assert tables.tables_for(90, "NVIDIA H200") == [made[1], made[0], made[2]]
+    assert tables.tables_for(90, "NVIDIA GH200") == made, "a measured table of the architecture before a rule"
+    assert tables.tables_for(80, "NVIDIA A100") == []
+
+
+def test_what_a_measured_table_lacks_comes_from_the_next(monkeypatch):
+    measured = tables.Row("forward", "bfloat16", False, True, 16, 8192, 4096, 4096, "cublas", SMALL, 1.0)
+    own = tables.Table("NVIDIA H200", 90, True, {}, None, (measured,))
+    rules = tables.shipped()
+    monkeypatch.setattr(tables, "shipped", lambda: (own, *rules))
+    choose_plan.cache_clear()
+    size = HOPPER, BF16, 8192, 4096, 4096, 16, False
+    assert choose_plan(*size, 0.1, "forward", "NVIDIA H200").kind == "cublas"
+    for other in ((*size, 0.0, "forward"), (*size, 0.1, "backward")):
+        found = choose_plan(*other, "NVIDIA H200")
+        assert (found.kind, found.why) == ("two_pass", "rule for sm_90, not measured")
+    choose_plan.cache_clear()
+
+
+def test_a_folder_of_tables_may_be_named(tmp_path, monkeypatch):
+    table = tables.Table("Made-up GPU", 90, True, {}, "2000-01-01", ())
+    tables.write(table, tmp_path / "tuned-made-up-gpu.json")
+    (tmp_path / "run.json").write_text("{}")
+    monkeypatch.undo()
+    shipped = tables.shipped()
+    monkeypatch.setenv("FASTLORA_TABLES", str(tmp_path))
+    tables.shipped.cache_clear()
+    found = tables.shipped()
+    tables.shipped.cache_clear()
+    assert found == (table, *shipped)
+
+
+def test_tiles_beside_the_product_come_from_the_nearest_row():
+    row = next(row for row in tables.shipped()[0].rows if (row.op, row.M, row.max_rank) == ("shrink", 8192, 16))
+    found = side_tile("shrink", HOPPER, BF16, 8192, 4096, 16, 0.1)
+    assert replace(found, splits=row.tile.splits) == row.tile
+    assert (found, 64 * found.splits) == (spread("shrink", row.tile, 8192, 4096), 256), "two programs a multiprocessor"
+    assert side_tile("shrink", HOPPER, BF16, 16000, 8192, 8).block_m == row.tile.block_m
+    assert side_tile("shrink", HOPPER, torch.float16, 8192, 4096, 16) == found
+    for arch, dtype, rank in ((HOPPER, torch.float32, 16), (HOPPER, BF16, 256), (103, BF16, 16), (None, BF16, 16)):
+        for op in SIDE_OPS:
+            by_rule = side_tile_by_rule(op, arch, dtype.itemsize, 8192, rank)
+            assert side_tile(op, arch, dtype, 8192, 4096, rank) == spread(op, by_rule, 8192, 4096)
+
+
+@pytest.mark.parametrize("op", SIDE_OPS)
+@pytest.mark.parametrize(("M", "C"), [(1, 64), (64, 4096), (2048, 14336), (8192, 4096), (100000, 4096)])
+def test_sums_are_shared_by_as_many_programs_as_wanted(op, M, C):
+    """No fewer than a sum has parts, and per multiprocessor no more than the tile says, once there are enough tiles."""
+    for tile in side_candidates(op, HOPPER, BF16, M, C, 16):
+        splits, wanted = spread(op, tile, M, C).splits, tile.splits * MULTIPROCESSORS
+        if op in ("shrink", "group_shrink"):
+            tiles, parts = -(-M // tile.block_m), C // 512
+        else:
+            tiles, parts = -(-C // tile.block_n), -(-M // SPAN)
+        made = tiles * (-(-parts // splits) if op == "output_reduce" else splits)
+        assert made <= max(wanted, tiles)
+        assert made > wanted / 4 or made >= tiles * min(parts, 8) / 2, (tile, made)
+
+
+def test_hopper_candidates_hold_both_ways_to_walk():
+    for op, int8 in (("forward", False), ("forward", True), ("backward", False), ("backward", True)):
+        found = {
+            (plan.kind, plan.tile.persistent) for plan in candidates(HOPPER, BF16, 8192, 4096, 4096, 16, int8, 0.1, op)
+        }
+        assert {("two_pass", False), ("two_pass", True)} <= found
+        assert (("scratch", True) in found) == int8
+    few = candidates(HOPPER, BF16, 64, 4096, 4096, 16, False, 0.1)
+    assert not any(plan.tile.persistent for plan in few), "fewer tiles than multiprocessors"
+
+
+def test_counters_of_captured_calls_are_their_own(monkeypatch):
+    """Each takes others of the reserve, aligned as memory is, and zeroes new ones where that is at its end."""
+    where, zeros = torch.device("cuda", 0), torch.zeros
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(partial, "_reserves", {where: torch.arange(100)})
+    monkeypatch.setattr(partial, "_taken", {})
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **options: zeros(*size, **options) - 1)
+    first, second, third, fourth = (partial.counters(count, where) for count in (33, 5, 5, 1))
+    assert (first.tolist(), second.tolist()) == (list(range(33)), list(range(64, 69)))
+    assert third.tolist() == [-1] * 5
+    assert fourth.tolist() == [96]
 
 
 def test_shipped_tables_hold_what_they_may():
@@ -185,7 +279,8 @@ def test_shipped_tables_hold_what_they_may():
         for row in table.rows:
             assert table.measured == (row.microseconds is not None)
             assert row.kind != "decode" or row.tile.block_m >= row.M
-            assert row.op == "forward" or row.kind in ("two_pass", "scratch", "cublas")
+            assert row.op == "forward" or row.kind in ("two_pass", "scratch", "cublas", row.op)
+            assert (row.op in SIDE_OPS) == (row.kind == row.op)
 
 
 def test_the_public_op_follows_the_choice(device, monkeypatch):

@@ -21,15 +21,16 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference import FEW_TOKENS
-from .candidates import candidates
+from .candidates import candidates, side_candidates
 from .cost import meta_launches, mixed_meta_launches
 from .dropout import dropout_mask_launch
-from .group import group_shrink_launch
 from .launch import Launch
 from .merge import merge_rows_launch
-from .plan import Plan, choose_plan
+from .plan import Plan, choose_plan, side_tile
 from .quantize import quantize_rows_launch
-from .tables import OPS
+from .side import meta_operands, side_launch
+from .tables import LINEAR_OPS
+from .tiles import SIDE_OPS, spread
 
 # Bytes of shared memory that one block may have (CUDA C programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -40,9 +41,8 @@ FEATURES = 4096
 TOKENS = (1, 64, 512, 8192)
 # Rank and dropout: the frozen layer alone, every padded rank that has tiles of its own, dropout off and on.
 ADAPTERS = ((0, 0.0), (16, 0.0), (16, 0.1), (64, 0.0), (256, 0.1))
-
-# Layers and rank of groups: gate and up, and q, k and v of a small and of a large rank.
-GROUPS = ((2, 16), (3, 16), (3, 64))
+# Rows of A in a group: gate and up, and q, k and v of a small and of a large rank.
+GROUPED = ((32, 0.1), (48, 0.1), (192, 0.1))
 
 # Tokens, rows, and rank of eight adapters in a mixed batch: long and short rows in each size of tile.
 MIXES = (
@@ -127,7 +127,7 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def linear_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     """What the chosen plans launch over the sizes, and on Hopper what the candidates for tuning would."""
-    for op, tokens, int8, (rank, p) in product(OPS, TOKENS, (False, True), ADAPTERS):
+    for op, tokens, int8, (rank, p) in product(LINEAR_OPS, TOKENS, (False, True), ADAPTERS):
         if op == "int8" and (not int8 or tokens <= FEW_TOKENS):
             continue
         size = tokens, FEATURES, FEATURES, rank, int8, p, op
@@ -156,8 +156,9 @@ def _kernel(launch: Launch) -> str:
 
 
 def _tile(plan: Plan) -> str:
-    tile, loads = plan.tile, " tma" if plan.tile.tma else ""
-    return f"{tile.block_m}x{tile.block_n}x{tile.block_c} {tile.num_warps} warps {tile.num_stages} stages{loads}"
+    tile, words = plan.tile, " tma" if plan.tile.tma else ""
+    words += " persistent" if tile.persistent else ""
+    return f"{tile.block_m}x{tile.block_n}x{tile.block_c} {tile.num_warps} warps {tile.num_stages} stages{words}"
 
 
 def mixed_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
@@ -170,12 +171,18 @@ def mixed_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]
             yield name, launch
 
 
-def group_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    """The kernel that groups have besides those of single layers."""
-    for tokens, (layers, rank) in product(TOKENS[-2:], GROUPS):
-        x, s = _meta(tokens, FEATURES, dtype=dtype), _meta(tokens, layers * rank, dtype=dtype)
-        a, seeds = _meta(layers * rank, FEATURES, dtype=torch.float32), _meta(layers, dtype=torch.int64)
-        yield f"group_shrink M={tokens} r={layers}x{rank}", group_shrink_launch(x, a, 0.1, seeds, s, arch)
+def side_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    """The kernels beside the product, with the tiles that are chosen and on Hopper those that tuning would try."""
+    for op, tokens in product(SIDE_OPS, TOKENS):
+        for rank, p in GROUPED if op == "group_shrink" else ((16, 0.0), (16, 0.1), (64, 0.0), (64, 0.1)):
+            tiles = [side_tile(op, arch, dtype, tokens, FEATURES, rank, p)]
+            if arch == 90 and dtype == torch.bfloat16 and (p > 0 or op == "output_reduce"):
+                found = side_candidates(op, arch, dtype, tokens, FEATURES, rank)
+                tiles += [spread(op, tile, tokens, FEATURES) for tile in found]
+            for tile in dict.fromkeys(tiles):
+                launch, _ = side_launch(op, arch, meta_operands(op, dtype, tokens, FEATURES, rank, p), tile)
+                shape = f"{tile.block_m}x{tile.block_n or tile.block_c} {tile.num_warps} warps {tile.num_stages} stages"
+                yield f"{op} M={tokens} r={rank} p={p} {shape}", launch
 
 
 def weight_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
@@ -194,14 +201,14 @@ def weight_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch
 def launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     """Every variant that the plans of `dtype` launch on sm_`arch`, by name, each once."""
     seen = set()
-    every = linear_launches, mixed_launches, group_launches, weight_launches
+    every = linear_launches, mixed_launches, side_launches, weight_launches
     for name, launch in (made for launches_of in every for made in launches_of(arch, dtype)):
-        if (variant := _specialisation(launch)) not in seen:
+        if (variant := specialisation(launch)) not in seen:
             seen.add(variant)
             yield name, launch
 
 
-def _specialisation(launch: Launch) -> tuple:
+def specialisation(launch: Launch) -> tuple:
     """What tells one compilation from another: Triton looks at dtypes, at 1 and at divisibility by 16."""
     described: list[tuple] = []
     for name, value in launch.arguments.items():

@@ -10,7 +10,7 @@ import torch
 from .descriptors import FIRST_ARCH
 from .launch import next_block
 from .plan import DECODE_TOKENS, FUSED_TOKENS, Plan, safe_plan
-from .tiles import MAX_BLOCK_R, Tile
+from .tiles import MAX_BLOCK_R, Tile, side_tile_by_rule, spread
 
 _WHY = "candidate"
 # Hopper: tiles of two warp groups at 128 x 256, one at half of that; fewer tokens take narrower ones.
@@ -25,6 +25,28 @@ _DECODE = (Tile(16, 64, 128, 4, 4, tma=True), Tile(16, 64, 64, 4, 4, tma=True), 
 # Converting int8 in the product of the backward takes more registers.
 _INT8_BACKWARD = (Tile(128, 128, 64, 8, 4, tma=True), Tile(64, 128, 64, 4, 4, tma=True))
 _LARGE_TOKENS = 1024
+
+# Kernels that read the activations once are as fast as memory where enough of it is on its way: 4.3 TB/s times about
+# 700 ns are 3 MB, or 23 KB per multiprocessor. A tile of 64 x 64 has 8 KB, of which all stages but one are on their
+# way; `splits` programs per multiprocessor add up. Against that, a tile of few tokens reads A more often from the L2
+# cache, 2 R / block_m bytes per byte of x, and one of few features B, s or d_s, and writes more parts of sums.
+_SHRINK = (
+    Tile(64, 0, 64, 4, 4, splits=2), Tile(128, 0, 64, 8, 4, splits=2), Tile(128, 0, 64, 8, 4, splits=1),
+    Tile(64, 0, 128, 8, 4, splits=2),
+)  # fmt: skip
+_SIDE = {
+    # A group's masks take registers.
+    "group_shrink": _SHRINK,
+    "shrink": (*_SHRINK, Tile(128, 0, 128, 8, 3, splits=1), Tile(32, 0, 128, 4, 4, splits=4)),
+    "output_reduce": (
+        Tile(32, 256, 0, 8, 3, splits=2), Tile(32, 256, 0, 8, 4, splits=1), Tile(64, 128, 0, 8, 3, splits=2),
+        Tile(64, 128, 0, 4, 4, splits=2), Tile(64, 256, 0, 8, 3, splits=1),
+    ),
+    "token_reduce": (
+        Tile(64, 128, 0, 4, 3, splits=2), Tile(64, 128, 0, 4, 4, splits=2), Tile(64, 256, 0, 8, 3, splits=1),
+        Tile(64, 256, 0, 8, 3, splits=2), Tile(32, 256, 0, 4, 4, splits=2), Tile(32, 128, 0, 4, 4, splits=4),
+    ),
+}  # fmt: skip
 
 
 def candidates(
@@ -63,9 +85,26 @@ def _hopper(M: int, R: int, int8: bool, op: str) -> Iterable[Plan]:
     if op == "forward" and M <= DECODE_TOKENS and short:
         for tile in _DECODE:
             yield from (Plan("decode", replace(tile, splits=splits), _WHY) for splits in (1, 2, 4, 8))
-    tiles = _LARGE if large else _MIDDLE
+    tiles = _with_persistent(_LARGE) if large else _MIDDLE
     if op == "forward" and short and not large and M > DECODE_TOKENS:
         yield from (Plan("fused", tile, _WHY) for tile in _MIDDLE if tile.num_warps == 8 or tile.block_m == 32)
-    yield from (Plan("two_pass", tile, _WHY) for tile in (_INT8_BACKWARD if int8 and op == "backward" else tiles))
+    converting = _with_persistent(_INT8_BACKWARD) if large else _INT8_BACKWARD
+    yield from (Plan("two_pass", tile, _WHY) for tile in (converting if int8 and op == "backward" else tiles))
     if int8:
         yield from (Plan("scratch", tile, _WHY) for tile in tiles)
+
+
+def _with_persistent(tiles: Iterable[Tile]) -> list[Tile]:
+    """Each tile, and the same with one program per multiprocessor that walks over the product."""
+    return [replace(tile, persistent=persistent) for tile in tiles for persistent in (False, True)]
+
+
+def side_candidates(op: str, arch: int | None, dtype: torch.dtype, M: int, C: int, R: int) -> list[Tile]:
+    """Tiles for the kernel `op` of `SIDE_OPS` at M tokens, C features and rank R, the safe one first.
+
+    Their `splits` are programs per multiprocessor, as in a row of a table; `spread` makes no two of them equal.
+    """
+    tiles = [side_tile_by_rule(op, arch, dtype.itemsize, M, next_block(R))]
+    if dtype.itemsize == 2 and arch == FIRST_ARCH and next_block(R) <= MAX_BLOCK_R and M > DECODE_TOKENS:
+        tiles += _SIDE[op]
+    return list({spread(op, tile, M, C): tile for tile in reversed(tiles)}.values())[::-1]

@@ -21,10 +21,11 @@ from .jit import convert, dot, dropout_keys, keep_mask, load_tile
 from .launch import Launch, device_arch, device_name, next_block, operand
 from .lora_linear import lora_linear, planned_expand
 from .lora_linear_backward import planned_backward
-from .plan import Plan, choose_plan
+from .partial import counters, store_sum
+from .plan import Plan, choose_plan, side_tile
 from .quantize_shrink import quantize_shrink
 from .shrink import shrink
-from .tiles import MAX_RANK, Tile, shrink_tile
+from .tiles import MAX_RANK, Tile
 
 
 @triton.jit
@@ -32,15 +33,18 @@ def _group_shrink_kernel(
     x_ptr, stride_xm, stride_xk,  # [M, K]
     a_ptr, stride_ar, stride_ak,  # [layers * R, K]
     s_ptr, stride_sm, stride_sr,  # [M, layers * R]
+    part_ptr, stride_part,  # [splits, M, layers * R] float32 where K is split
+    counter_ptr,  # [tiles of tokens] int32 where K is split
     seeds_ptr,  # [layers] int64
-    scale, threshold, M, K, R,
-    LAYERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    scale, threshold, M, K, R, k_per_split,
+    LAYERS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     dtype = x_ptr.dtype.element_ty
-    first_m = tl.program_id(0) * BLOCK_M
+    pid_m, split = tl.program_id(0), tl.program_id(1)
+    first_m = pid_m * BLOCK_M
     offs_m, offs_r = first_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for k in range(0, K, BLOCK_K):
+    for k in range(split * k_per_split, tl.minimum((split + 1) * k_per_split, K), BLOCK_K):
         x = load_tile(x_ptr, stride_xm, stride_xk, first_m, k, M, K, BLOCK_M, BLOCK_K, False)
         a = load_tile(a_ptr, stride_ar, stride_ak, 0, k, LAYERS * R, K, BLOCK_R, BLOCK_K, False)
         a = convert(a, dtype)
@@ -53,25 +57,35 @@ def _group_shrink_kernel(
             acc = dot(dropped, tl.trans(tl.where(own[:, None], a, 0.0).to(dtype)), acc)
     inside = (offs_m < M)[:, None] & (offs_r < LAYERS * R)[None, :]
     s_tile = s_ptr + offs_m[:, None].to(tl.int64) * stride_sm + offs_r[None, :] * stride_sr
-    tl.store(s_tile, convert(acc * scale, dtype), inside)
+    places = offs_m[:, None].to(tl.int64) * (LAYERS * R) + offs_r[None, :]
+    if SPLITS > 1:
+        counter_ptr += pid_m
+    store_sum(
+        s_tile, acc, scale, inside, part_ptr, places, stride_part, split, SPLITS, counter_ptr, SPLITS > 1,
+        BLOCK_M, BLOCK_R,
+    )  # fmt: skip
 
 
 def group_shrink_launch(
     x: Tensor, a: Tensor, p: float, seeds: Tensor, s: Tensor, arch: int | None, tile: Tile | None = None
 ) -> Launch:
     """`a` is `[layers * R, K]` and `s` `[M, layers * R]`, for as many layers of one rank as there are seeds."""
-    (M, K), layers = x.shape, seeds.numel()
-    block_r = next_block(a.shape[0])
-    tile = tile or shrink_tile(arch, x.element_size(), M, K, block_r)
+    (M, K), layers, rows = x.shape, seeds.numel(), a.shape[0]
+    tile = tile or side_tile("group_shrink", arch, x.dtype, M, K, rows, p, device_name(x.device))
+    tiles, split = triton.cdiv(M, tile.block_m), tile.splits > 1
+    part = torch.empty(tile.splits, M, rows, dtype=torch.float32, device=x.device) if split else None
     return Launch(
         _group_shrink_kernel,
-        (triton.cdiv(M, tile.block_m),),
+        (tiles, tile.splits),
         dict(
-            **operand("x", x, "mk"), **operand("a", a, "rk"), **operand("s", s, "mr"), seeds_ptr=seeds,
-            scale=1.0 / (1.0 - p), threshold=drop_threshold(p), M=M, K=K, R=a.shape[0] // layers,
-            LAYERS=layers, BLOCK_M=tile.block_m, BLOCK_K=tile.block_c, BLOCK_R=block_r,
+            **operand("x", x, "mk"), **operand("a", a, "rk"), **operand("s", s, "mr"),
+            part_ptr=part, stride_part=M * rows, counter_ptr=counters(tiles, x.device) if split else None,
+            seeds_ptr=seeds, scale=1.0 / (1.0 - p), threshold=drop_threshold(p), M=M, K=K, R=rows // layers,
+            k_per_split=triton.cdiv(triton.cdiv(K, tile.block_c), tile.splits) * tile.block_c,
+            LAYERS=layers, SPLITS=tile.splits, BLOCK_M=tile.block_m, BLOCK_K=tile.block_c, BLOCK_R=next_block(rows),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
+        flops=2 * M * K * rows,
     )  # fmt: skip
 
 

@@ -13,10 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .jit import convert, dot, load_tile, store_tile
-from .launch import Launch, device_arch, next_block, operand
+from .launch import Launch, device_arch, device_name, next_block, operand
 from .owners import Owners, arrivals, mixed_arguments, owner_of, slice_of_row, sum_of_own_parts
 from .partial import arrives_last, counters, sum_of_parts
-from .tiles import SPAN, Tile, output_reduce_tile
+from .plan import side_tile
+from .tiles import SPAN, Tile
 
 
 @triton.jit
@@ -97,7 +98,7 @@ def output_reduce_launch(
     """`d_s` and `d_b` are computed where they are given."""
     (M, N), R = d_y.shape, b.shape[1] if owners is None else owners.rank
     block_r = next_block(R)
-    tile = tile or output_reduce_tile(arch, d_y.element_size(), M, N, block_r)
+    tile = tile or side_tile("output_reduce", arch, d_y.dtype, M, N, R, 0.0, device_name(d_y.device))
     tiles, slice_tokens = triton.cdiv(N, tile.block_n), SPAN * tile.splits
     slices, B, counts = max(1, triton.cdiv(M, slice_tokens)), 0, tiles
     if owners is not None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from .launch import next_block
-from .tables import nearest, table_for
-from .tiles import MAX_BLOCK_R, Tile, decode_tile, int8_tile, linear_tile
+from .tables import row_for, tables_for
+from .tiles import MAX_BLOCK_R, Tile, decode_tile, int8_tile, linear_tile, side_tile_by_rule, spread
 
 DECODE_TOKENS = 16  # one tile of tokens
 FUSED_TOKENS = 1024
@@ -55,12 +55,22 @@ def choose_plan(
         gpu: the GPU's name, which prefers its own table to another of its architecture.
     """
     if arch is not None:
-        table = table_for(arch, gpu)
-        if table is None:
+        if not tables_for(arch, gpu):
             _say_unknown(arch)
-        elif row := nearest(table.rows, op, str(dtype).removeprefix("torch."), M, N, K, R, int8, p > 0):
+        elif found := row_for(arch, gpu, op, dtype, M, N, K, R, int8, p):
+            row, table = found
             return Plan(row.kind, row.tile, table.source())
     return safe_plan(arch, dtype, M, N, K, R, int8, p, op)
+
+
+@functools.lru_cache(maxsize=4096)
+def side_tile(
+    op: str, arch: int | None, dtype: torch.dtype, M: int, C: int, R: int, p: float = 0.0, gpu: str | None = None
+) -> Tile:
+    """The tile of the kernel `op` of `SIDE_OPS` for M tokens with C features and rank R; see `choose_plan`."""
+    found = None if arch is None else row_for(arch, gpu, op, dtype, M, C, C, R, False, p)
+    tile = found[0].tile if found else side_tile_by_rule(op, arch, dtype.itemsize, M, next_block(R))
+    return spread(op, tile, M, C)
 
 
 @functools.cache

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..reference import drop_threshold
 from .jit import convert, dot, dropout_keys, keep_mask, load_tile
-from .launch import Launch, device_arch, next_block, operand
+from .launch import Launch, device_arch, device_name, next_block, operand
 from .owners import Owners, mixed_arguments, owner_of, slice_of_row
 from .partial import arrives_last, counters, sum_of_parts
-from .tiles import MULTIPROCESSORS, Tile, shrink_tile
+from .plan import side_tile
+from .tiles import MULTIPROCESSORS, Tile
 
 FEW = 16  # tokens of a row that one small tile holds
 
@@ -80,7 +81,7 @@ def shrink_launch(
 ) -> Launch:  # fmt: skip
     (M, K), R = x.shape, s.shape[1]
     block_r = next_block(R)
-    tile = tile or _tile(arch, x.element_size(), M, K, block_r, owners)
+    tile = tile or _tile(arch, x, K, R, p, owners)
     tiles = triton.cdiv(M, tile.block_m) if owners is None else owners.slices(tile.block_m)
     k_per_split = triton.cdiv(triton.cdiv(K, tile.block_c), tile.splits) * tile.block_c
     split = tile.splits > 1
@@ -102,11 +103,13 @@ def shrink_launch(
     )  # fmt: skip
 
 
-def _tile(arch: int | None, itemsize: int, M: int, K: int, block_r: int, owners: Owners | None) -> Tile:
+def _tile(arch: int | None, x: Tensor, K: int, R: int, p: float, owners: Owners | None) -> Tile:
     """With owners, tiles as long as a row at most, and splits as all of them leave multiprocessors idle."""
-    if owners is None or owners.row_tokens > FEW:
-        return shrink_tile(arch, itemsize, M, K, block_r)
-    tile = shrink_tile(arch, itemsize, owners.row_tokens, K, block_r)
+    few = owners is not None and owners.row_tokens <= FEW
+    tokens = owners.row_tokens if owners is not None and few else x.shape[0]
+    tile = side_tile("shrink", arch, x.dtype, tokens, K, R, p, device_name(x.device))
+    if owners is None or not few:
+        return tile
     most = max(1, MULTIPROCESSORS // owners.rows.shape[0])
     return replace(tile, splits=min(tile.splits, 1 << (most.bit_length() - 1)))
 

@@ -1,5 +1,7 @@
 """Tables of plans as JSON files in `tuned/`: what was measured where, and which plan to take near a size.
 
+A table that `bench/tune.py --results FOLDER` has made is used besides where FASTLORA_TABLES=FOLDER is set.
+
 A file is one object:
 
     schema     1
@@ -22,12 +24,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .tiles import Tile
+import torch
+
+from .tiles import SIDE_OPS, Tile
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "tuned"
-OPS = ("forward", "backward", "int8")
-KINDS = ("decode", "fused", "two_pass", "scratch", "cublas", "int8")
+LINEAR_OPS = ("forward", "backward", "int8")
+OPS = (*LINEAR_OPS, *SIDE_OPS)
+KINDS = ("decode", "fused", "two_pass", "scratch", "cublas", "int8", *SIDE_OPS)
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,16 @@ class Row:
     """The plan for one size.
 
     Args:
-        op: "forward", "backward" for the gradient of x, or "int8" for the forward with codes of x.
+        op: "forward", "backward" for the gradient of x, "int8" for the forward with codes of x, or a kernel of
+            `SIDE_OPS`: then `kind` is the same, N and K are the features of what it reads, and `tile.splits` programs
+            per multiprocessor.
         dtype: of the activations: "bfloat16", "float16" or "float32". bfloat16 rows serve float16 where it has none.
         int8: whether the frozen weight is int8.
         dropout: True with, False without, None for either.
         max_rank: the longest rank that the row serves; 0 for the frozen layer alone.
         M, N, K: the size it was measured at, or made for.
         kind: one of `KINDS`.
-        tile: of the kernel that multiplies with the weight.
+        tile: of the kernel that multiplies with the weight, or of the one that `op` names.
         microseconds: median time of the whole op, or None where it was not measured.
     """
 
@@ -144,13 +151,24 @@ def write(table: Table, path: Path) -> None:
 
 @functools.cache
 def shipped() -> tuple[Table, ...]:
-    """Every table of `tuned/`, measured ones first."""
-    tables = [parse(json.loads(path.read_text()), path.name) for path in sorted(FOLDER.glob("*.json"))]
+    """Every table of `tuned/` and of the folder that the environment variable FASTLORA_TABLES names, measured first."""
+    own = os.environ.get("FASTLORA_TABLES")
+    files = [*(sorted(Path(own).glob("tuned-*.json")) if own else []), *sorted(FOLDER.glob("*.json"))]
+    tables = [parse(json.loads(path.read_text()), path.name) for path in files]
     return tuple(sorted(tables, key=lambda table: not table.measured))
 
 
-def table_for(arch: int | None, gpu: str | None = None) -> Table | None:
-    """The table of a GPU: its own, else another of its architecture, else None."""
+def tables_for(arch: int | None, gpu: str | None = None) -> list[Table]:
+    """The tables that serve a GPU: its own, then others of its architecture."""
     tables = [table for table in shipped() if table.arch == arch]
-    own = [table for table in tables if gpu is not None and table.gpu == gpu]
-    return next(iter(own + tables), None)
+    return sorted(tables, key=lambda table: gpu is None or table.gpu != gpu)
+
+
+def row_for(
+    arch: int | None, gpu: str | None, op: str, dtype: torch.dtype, M: int, N: int, K: int, R: int, int8: bool, p: float
+) -> tuple[Row, Table] | None:
+    """The nearest row of the first table that has one for an operator's kind of operands, and that table."""
+    for table in tables_for(arch, gpu):
+        if row := nearest(table.rows, op, str(dtype).removeprefix("torch."), M, N, K, R, int8, p > 0):
+            return row, table
+    return None

@@ -16,6 +16,7 @@ MAX_RANK = 256
 MAX_BLOCK_R = 64  # a longer rank is summed in steps of this
 LARGE_SHARED_MEMORY = {80, 90, 100}  # at least 160 KB per block; the others have 99 KB
 SPAN = 256  # tokens whose d_s is summed at a time
+SIDE_OPS = ("shrink", "group_shrink", "output_reduce", "token_reduce")  # kernels beside the product with the weight
 MULTIPROCESSORS = 132  # of an H100 or H200; assumed where no GPU can be asked
 
 
@@ -28,7 +29,8 @@ class Tile:
         num_warps, num_stages: as Triton means them.
         tma: loads whole tiles through tensor descriptors where the strides allow it, else through pointers.
         persistent: one program per multiprocessor walks over the tiles.
-        splits: programs that share the sum of one tile; in `output_reduce`, spans in a slice.
+        splits: programs that share the sum of one tile; in `output_reduce`, spans in a slice. In a row of a table for a
+            kernel of `SIDE_OPS`, programs per multiprocessor, of which `spread` makes the former for a size.
     """
 
     block_m: int
@@ -91,39 +93,31 @@ def _power_of_two(most: int) -> int:
     return 1 << (most.bit_length() - 1)
 
 
-def shrink_tile(arch: int | None, itemsize: int, tokens: int, features: int, block_r: int) -> Tile:
-    """For `[M, C] @ [C, R]`: block_m tokens, block_c contracted, split until every multiprocessor has a program."""
-    wide = _reads_wide(arch, itemsize, block_r) and tokens > 16
-    block_m = 64 if wide else 16 if tokens <= 16 or block_r >= 256 else 32
-    splits = min((2 if wide else 1) * MULTIPROCESSORS // triton.cdiv(max(tokens, 1), block_m), features // 512, 16)
-    tile = Tile(block_m, 0, 32 if block_r >= 128 else 64, 4, 4 if wide else 2, splits=_power_of_two(max(splits, 1)))
+def side_tile_by_rule(op: str, arch: int | None, itemsize: int, tokens: int, block_r: int) -> Tile:
+    """For the kernel `op` of `SIDE_OPS`; its `splits` are programs per multiprocessor."""
+    if op in ("shrink", "group_shrink"):  # block_m tokens, block_c features at a time
+        tile = Tile(16 if tokens <= 16 or block_r >= 256 else 32, 0, 32 if block_r >= 128 else 64, 4, 2)
+    elif op == "token_reduce":  # block_m tokens at a time, block_n features
+        tile = Tile(32, 32 if block_r >= 128 else 64, 0, 4, 2, splits=2)
+    elif block_r >= 256:  # output_reduce, the same
+        return Tile(32, 32, 0, 8, 2, splits=2)
+    elif block_r >= 64 or itemsize > 2 or arch == 100:
+        return Tile(16, 64, 0, 8, 2, splits=2)
+    else:
+        return Tile(16, 128, 0, 4, 2, splits=2)
     return _fitted(tile, arch, itemsize)
 
 
-def _reads_wide(arch: int | None, itemsize: int, block_r: int) -> bool:
-    """Whether a Hopper GPU has room for the loads in flight that its memory wants: about 40 KB per multiprocessor."""
-    return arch == 90 and itemsize == 2 and block_r <= 64
-
-
-def token_reduce_tile(arch: int | None, itemsize: int, block_r: int) -> Tile:
-    """For `[M, R]^T @ [M, C]`: block_m tokens per step, block_n columns of C."""
-    if _reads_wide(arch, itemsize, block_r):
-        return Tile(64, 128, 0, 4, 3)
-    return _fitted(Tile(32, 32 if block_r >= 128 else 64, 0, 4, 2), arch, itemsize)
-
-
-def output_reduce_tile(arch: int | None, itemsize: int, tokens: int, features: int, block_r: int) -> Tile:
-    """For `[M, N]` read once: tiles wide and slices long, which keeps the parts small, one per multiprocessor."""
-    if _reads_wide(arch, itemsize, block_r):
-        tile = Tile(32, 256, 0, 8, 3)
-    elif block_r >= 256:
-        tile = Tile(32, 32, 0, 8, 2)
-    elif block_r >= 64 or itemsize > 2 or arch == 100:
-        tile = Tile(16, 64, 0, 8, 2)
-    else:
-        tile = Tile(16, 128, 0, 4, 2)
-    spans = triton.cdiv(max(tokens, 1), SPAN)
-    slices = max(1, 2 * MULTIPROCESSORS // triton.cdiv(features, tile.block_n))
+def spread(op: str, tile: Tile, tokens: int, features: int) -> Tile:
+    """`tile` with the sums shared so that about `tile.splits` programs run per multiprocessor."""
+    programs, tokens = tile.splits * MULTIPROCESSORS, max(tokens, 1)
+    if op in ("shrink", "group_shrink"):
+        splits = min(programs // triton.cdiv(tokens, tile.block_m), features // 512, 16)
+        return replace(tile, splits=_power_of_two(max(splits, 1)))
+    slices = max(1, programs // triton.cdiv(features, tile.block_n))
+    if op == "token_reduce":
+        return replace(tile, splits=min(slices, triton.cdiv(tokens, 512)))
+    spans = triton.cdiv(tokens, SPAN)
     return replace(tile, splits=triton.cdiv(spans, min(slices, spans)))
 
 

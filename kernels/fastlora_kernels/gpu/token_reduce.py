@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ..reference import drop_threshold
 from .jit import convert, dot, dropout_keys, keep_mask, load_tile
-from .launch import Launch, device_arch, next_block, operand
+from .launch import Launch, device_arch, device_name, next_block, operand
 from .owners import Owners, arrivals, mixed_arguments, owner_of, slice_of_row, sum_of_own_parts
 from .partial import arrives_last, counters, sum_of_parts
-from .tiles import Tile, token_reduce_tile
-
-TOKENS_PER_SLICE = 1024
+from .plan import side_tile
+from .tiles import Tile
 
 
 @triton.jit
@@ -30,16 +29,16 @@ def _token_reduce_kernel(
     seed_ptr,  # [1] int64 or None
     rows_ptr, first_ptr,  # [B] and [E + 2] where rows of the batch have adapters of their own, else None
     scale, threshold,  # numbers, or [E + 1]
-    M, C, R, B, E, row_tokens,
-    SLICED: tl.constexpr, SLICE: tl.constexpr,
+    M, C, R, B, E, row_tokens, slice_tokens,
+    SLICED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     dtype = left_ptr.dtype.element_ty
     pid_c, part = tl.program_id(0), tl.program_id(1)
     first_c, slices = pid_c * BLOCK_C, tl.num_programs(1)
-    first_m, end_m, rank = part * SLICE, tl.minimum((part + 1) * SLICE, M), R
+    first_m, end_m, rank = part * slice_tokens, tl.minimum((part + 1) * slice_tokens, M), R
     if rows_ptr is not None:
-        row, first_m, end_m = slice_of_row(part, SLICE, row_tokens)
+        row, first_m, end_m = slice_of_row(part, slice_tokens, row_tokens)
         owner = owner_of(rows_ptr, row, True, E)
         first_r = tl.load(first_ptr + owner)
         rank = tl.load(first_ptr + owner + 1) - first_r
@@ -65,7 +64,7 @@ def _token_reduce_kernel(
         part_tile = part_ptr + offs_r[:, None].to(tl.int64) * C + offs_c[None, :]
         tl.store(part_tile + part.to(tl.int64) * stride_part, acc, inside)
         if rows_ptr is not None:
-            row_slices = tl.cdiv(row_tokens, SLICE)
+            row_slices = tl.cdiv(row_tokens, slice_tokens)
             slices = arrivals(rows_ptr, owner, row_slices, B, E)
         if arrives_last(counter_ptr + pid_c, slices):
             if rows_ptr is not None:
@@ -85,11 +84,12 @@ def token_reduce_launch(
 ) -> Launch:  # fmt: skip
     (M, R), C = left.shape, right.shape[1]
     block_r = next_block(R)
-    tile = tile or token_reduce_tile(arch, left.element_size(), block_r)
-    slices, tiles = max(1, triton.cdiv(M, TOKENS_PER_SLICE)), triton.cdiv(C, tile.block_n)
+    tile = tile or side_tile("token_reduce", arch, left.dtype, M, C, R, p, device_name(left.device))
+    slice_tokens = max(1, triton.cdiv(triton.cdiv(M, tile.block_m), tile.splits)) * tile.block_m
+    slices, tiles = max(1, triton.cdiv(M, slice_tokens)), triton.cdiv(C, tile.block_n)
     B, counts = 0, tiles
     if owners is not None:
-        slices, B, counts = owners.slices(TOKENS_PER_SLICE), owners.rows.shape[0], tiles * (len(owners.ranks) + 1)
+        slices, B, counts = owners.slices(slice_tokens), owners.rows.shape[0], tiles * (len(owners.ranks) + 1)
     sliced = slices > 1
     part = torch.empty(slices, R, C, dtype=torch.float32, device=left.device) if sliced else None
     return Launch(
@@ -101,7 +101,7 @@ def token_reduce_launch(
             seed_ptr=seed if p > 0 else None, **mixed_arguments(owners),
             scale=scale / (1.0 - p) if owners is None else owners.adapters.inverse_keep,
             threshold=drop_threshold(p) if owners is None else owners.adapters.threshold, M=M, C=C, R=R, B=B,
-            SLICED=sliced, SLICE=TOKENS_PER_SLICE, BLOCK_M=tile.block_m, BLOCK_C=tile.block_n, BLOCK_R=block_r,
+            slice_tokens=slice_tokens, SLICED=sliced, BLOCK_M=tile.block_m, BLOCK_C=tile.block_n, BLOCK_R=block_r,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
         flops=2 * M * C * R,
