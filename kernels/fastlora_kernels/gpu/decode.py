@@ -14,7 +14,7 @@ from torch import Tensor
 from ..reference import drop_threshold
 from .descriptors import described
 from .jit import convert, dot, load_tile, store_tile
-from .launch import Launch, next_block, operand
+from .launch import Launch, cdiv, next_block, operand
 from .linear import products
 from .low_rank import low_rank, of_owner
 from .owners import Owners, mixed_arguments, rank_span, token_owners
@@ -108,7 +108,7 @@ def decode_launch(
         raise ValueError(f"x: expected up to {tile.block_m} tokens for a decode plan, found {x.shape[0]}")
     (M, K), N, R = x.shape, w.shape[0], 0 if s is None else s.shape[1]
     block_r = next_block(R) if owners is None else owners.block_r
-    tiles, split = triton.cdiv(N, tile.block_n), tile.splits > 1
+    tiles, split = cdiv(N, tile.block_n), tile.splits > 1
     x_ref, w_ref, tma = described(tile, arch, x, (tile.block_m, tile.block_c), w, (tile.block_n, tile.block_c))
     y_part = torch.empty(tile.splits, N, M, dtype=torch.float32, device=x.device) if split else None
     s_part = torch.empty(tile.splits, R, M, dtype=torch.float32, device=x.device) if split and a is not None else None
@@ -123,7 +123,7 @@ def decode_launch(
             seed_ptr=seed if p > 0 else None, **mixed_arguments(owners),
             scale=float(scale) if owners is None else owners.adapters.scale, inverse_keep=1.0 / (1.0 - p),
             threshold=drop_threshold(p), M=M, N=N, K=K, R=R,
-            k_per_split=triton.cdiv(triton.cdiv(K, tile.block_c), tile.splits) * tile.block_c,
+            k_per_split=cdiv(cdiv(K, tile.block_c), tile.splits) * tile.block_c,
             RANK_SPAN=rank_span(R, block_r, owners), SPLITS=tile.splits, TMA=tma,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_c, BLOCK_R=block_r,
             num_warps=tile.num_warps, num_stages=tile.num_stages,

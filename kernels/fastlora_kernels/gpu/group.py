@@ -18,7 +18,7 @@ from ..reference import FEW_TOKENS, drop_threshold
 from .checks import check_operands
 from .int8_linear import int8_expand
 from .jit import convert, dot, dropout_keys, keep_mask, load_tile
-from .launch import Launch, device_arch, device_name, next_block, operand
+from .launch import Launch, cdiv, device_arch, device_name, next_block, operand
 from .lora_linear import lora_linear, planned_expand
 from .lora_linear_backward import planned_backward
 from .partial import counters, store_sum
@@ -72,7 +72,7 @@ def group_shrink_launch(
     """`a` is `[layers * R, K]` and `s` `[M, layers * R]`, for as many layers of one rank as there are seeds."""
     (M, K), layers, rows = x.shape, seeds.numel(), a.shape[0]
     tile = tile or side_tile("group_shrink", arch, x.dtype, M, K, rows, p, device_name(x.device))
-    tiles, split = triton.cdiv(M, tile.block_m), tile.splits > 1
+    tiles, split = cdiv(M, tile.block_m), tile.splits > 1
     part = torch.empty(tile.splits, M, rows, dtype=torch.float32, device=x.device) if split else None
     return Launch(
         _group_shrink_kernel,
@@ -81,7 +81,7 @@ def group_shrink_launch(
             **operand("x", x, "mk"), **operand("a", a, "rk"), **operand("s", s, "mr"),
             part_ptr=part, stride_part=M * rows, counter_ptr=counters(tiles, x.device) if split else None,
             seeds_ptr=seeds, scale=1.0 / (1.0 - p), threshold=drop_threshold(p), M=M, K=K, R=rows // layers,
-            k_per_split=triton.cdiv(triton.cdiv(K, tile.block_c), tile.splits) * tile.block_c,
+            k_per_split=cdiv(cdiv(K, tile.block_c), tile.splits) * tile.block_c,
             LAYERS=layers, SPLITS=tile.splits, BLOCK_M=tile.block_m, BLOCK_K=tile.block_c, BLOCK_R=next_block(rows),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .descriptors import described
 from .jit import convert, dot, load_tile, store_tile, tile_place
-from .launch import Launch, device_arch, next_block, operand
+from .launch import Launch, cdiv, device_arch, next_block, operand
 from .quantize_shrink import TokenCodes, is_outlier, quantize_shrink
 from .tiles import Tile, programs
 
@@ -96,11 +96,11 @@ def int8_linear_launch(
         x_scale_ptr=codes.x_scale, w_scale_ptr=w_scale, columns_ptr=codes.columns, count_ptr=codes.count,
         bias_ptr=bias, **operand("s", s, "mr"), **operand("b", b, "nr"), **operand("y", y, "mn"),
         scale=float(scale), outlier_threshold=float(threshold), M=M, N=N, K=K, R=R,
-        RANK_SPAN=triton.cdiv(R, block_r) * block_r, OUTLIERS=OUTLIERS, TMA=tma, GROUP=8,
+        RANK_SPAN=cdiv(R, block_r) * block_r, OUTLIERS=OUTLIERS, TMA=tma, GROUP=8,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_c, BLOCK_R=block_r,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    grid = programs(tile, triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n), x.device)
+    grid = programs(tile, cdiv(M, tile.block_m) * cdiv(N, tile.block_n), x.device)
     return Launch(_int8_linear_kernel, grid, arguments, flops=2 * M * N * (K + R))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..reference import drop_threshold
 from .descriptors import described
 from .jit import convert, dot, dropout_keys, keep_mask, load_tile, store_tile, tile_place
-from .launch import Launch, device_arch, next_block, operand
+from .launch import Launch, cdiv, device_arch, next_block, operand
 from .low_rank import low_rank, of_owner
 from .owners import Owners, mixed_arguments, rank_span, token_owners
 from .tiles import MAX_BLOCK_R, Tile, linear_tile, programs
@@ -130,9 +130,9 @@ def linear_launch(
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_c, BLOCK_R=block_r,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    tiles_n = triton.cdiv(N, tile.block_n)
+    tiles_n = cdiv(N, tile.block_n)
     shrink_flops = 0 if a is None else 2 * M * K * R * tiles_n
-    grid = programs(tile, triton.cdiv(M, tile.block_m) * tiles_n, x.device)
+    grid = programs(tile, cdiv(M, tile.block_m) * tiles_n, x.device)
     return Launch(_linear_kernel, grid, arguments, flops=2 * M * N * (K + R) + shrink_flops)
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .jit import convert, dot, load_tile, store_tile
-from .launch import Launch, device_arch, device_name, next_block, operand
+from .launch import Launch, cdiv, device_arch, device_name, next_block, operand
 from .owners import Owners, arrivals, mixed_arguments, owner_of, slice_of_row, sum_of_own_parts
 from .partial import arrives_last, counters, sum_of_parts
 from .plan import side_tile
@@ -99,10 +99,10 @@ def output_reduce_launch(
     (M, N), R = d_y.shape, b.shape[1] if owners is None else owners.rank
     block_r = next_block(R)
     tile = tile or side_tile("output_reduce", arch, d_y.dtype, M, N, R, 0.0, device_name(d_y.device))
-    tiles, slice_tokens = triton.cdiv(N, tile.block_n), SPAN * tile.splits
-    slices, B, counts = max(1, triton.cdiv(M, slice_tokens)), 0, tiles
+    tiles, slice_tokens = cdiv(N, tile.block_n), SPAN * tile.splits
+    slices, B, counts = max(1, cdiv(M, slice_tokens)), 0, tiles
     if owners is not None:
-        slice_tokens = min(slice_tokens, max(1, triton.cdiv(owners.row_tokens, SPAN)) * SPAN)
+        slice_tokens = min(slice_tokens, max(1, cdiv(owners.row_tokens, SPAN)) * SPAN)
         slices, B, counts = owners.slices(slice_tokens), owners.rows.shape[0], (len(owners.ranks) + 1) * tiles
     d_s_part = None if d_s is None else torch.empty(tiles, M, R, dtype=torch.float32, device=d_y.device)
     d_b_part = None if d_b is None else torch.empty(slices, N, R, dtype=torch.float32, device=d_y.device)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import drop_threshold
-from .launch import next_block
+from .launch import cdiv, next_block
 from .tiles import MAX_BLOCK_R
 
 FEW_TOKENS = 64  # of a batch that small tiles serve; of a row such that a tile holds several
@@ -73,7 +73,7 @@ class Owners:
 
     def slices(self, tokens: int) -> int:
         """Slices of at most so many tokens, none of which has tokens of two rows."""
-        return self.rows.shape[0] * triton.cdiv(self.row_tokens, tokens)
+        return self.rows.shape[0] * cdiv(self.row_tokens, tokens)
 
 
 def owners_of(rows: Tensor, tokens: int, ranks: Sequence[int], scales: Sequence[float], ps: Sequence[float]) -> Owners:
@@ -118,7 +118,7 @@ def mixed_arguments(owners: Owners | None) -> dict[str, Any]:
 
 def rank_span(R: int, block_r: int, owners: Owners | None) -> int:
     """The ranks of one adapter in whole blocks; of several the kernel finds out, and one compilation serves all."""
-    return triton.cdiv(R, block_r) * block_r if owners is None else 0
+    return cdiv(R, block_r) * block_r if owners is None else 0
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..reference import INT8_MAX, drop_threshold
 from .jit import convert, dot, dropout_keys, keep_mask, load_tile
-from .launch import Launch, device_arch, next_block, operand
+from .launch import Launch, cdiv, device_arch, next_block, operand
 from .partial import arrives_last, counters
 from .quantize import quantize_tile
 from .tiles import Tile, quantize_shrink_tile
@@ -128,7 +128,7 @@ def quantize_shrink_launch(
     tile = tile or quantize_shrink_tile(arch, x.element_size(), block_r)
     return Launch(
         _quantize_shrink_kernel,
-        (triton.cdiv(M, tile.block_m),),
+        (cdiv(M, tile.block_m),),
         dict(
             **operand("x", x, "mk"), **operand("a", a, "rk"), **operand("q", codes.q, "mk"),
             x_scale_ptr=codes.x_scale, **operand("s", s, "mr"), columns_ptr=codes.columns, count_ptr=codes.count,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..reference import drop_threshold
 from .jit import convert, dot, dropout_keys, keep_mask, load_tile
-from .launch import Launch, device_arch, device_name, next_block, operand
+from .launch import Launch, cdiv, device_arch, device_name, next_block, operand
 from .owners import Owners, mixed_arguments, owner_of, slice_of_row
 from .partial import arrives_last, counters, sum_of_parts
 from .plan import side_tile
@@ -82,8 +82,8 @@ def shrink_launch(
     (M, K), R = x.shape, s.shape[1]
     block_r = next_block(R)
     tile = tile or _tile(arch, x, K, R, p, owners)
-    tiles = triton.cdiv(M, tile.block_m) if owners is None else owners.slices(tile.block_m)
-    k_per_split = triton.cdiv(triton.cdiv(K, tile.block_c), tile.splits) * tile.block_c
+    tiles = cdiv(M, tile.block_m) if owners is None else owners.slices(tile.block_m)
+    k_per_split = cdiv(cdiv(K, tile.block_c), tile.splits) * tile.block_c
     split = tile.splits > 1
     part = torch.empty(tile.splits, M, R, dtype=torch.float32, device=x.device) if split else None
     return Launch(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..reference import drop_threshold
 from .jit import convert, dot, dropout_keys, keep_mask, load_tile
-from .launch import Launch, device_arch, device_name, next_block, operand
+from .launch import Launch, cdiv, device_arch, device_name, next_block, operand
 from .owners import Owners, arrivals, mixed_arguments, owner_of, slice_of_row, sum_of_own_parts
 from .partial import arrives_last, counters, sum_of_parts
 from .plan import side_tile
@@ -85,8 +85,8 @@ def token_reduce_launch(
     (M, R), C = left.shape, right.shape[1]
     block_r = next_block(R)
     tile = tile or side_tile("token_reduce", arch, left.dtype, M, C, R, p, device_name(left.device))
-    slice_tokens = max(1, triton.cdiv(triton.cdiv(M, tile.block_m), tile.splits)) * tile.block_m
-    slices, tiles = max(1, triton.cdiv(M, slice_tokens)), triton.cdiv(C, tile.block_n)
+    slice_tokens = max(1, cdiv(cdiv(M, tile.block_m), tile.splits)) * tile.block_m
+    slices, tiles = max(1, cdiv(M, slice_tokens)), cdiv(C, tile.block_n)
     B, counts = 0, tiles
     if owners is not None:
         slices, B, counts = owners.slices(slice_tokens), owners.rows.shape[0], tiles * (len(owners.ranks) + 1)
