@@ -34,7 +34,7 @@ UNTIL, BEGUN = "FASTLORA_STAGE_UNTIL", "FASTLORA_STAGE_BEGUN"  # environment var
 BROKEN_GPU = 75  # exit code of a stage that wants to be started again
 LOG, SUMMARY = "log.txt", "run.json"
 MOST_LOGGED = 8 << 20  # bytes of log.txt
-GPU_TESTS = ["test_kernels_*.py", "test_group_ops.py", "test_mixed_ops.py", "test_dropout.py"]
+GPU_TESTS = ["test_kernels_*.py", "test_group_ops.py", "test_mixed_ops.py", "test_dropout.py", "test_int8_ops.py"]
 QUESTIONS = ["linear", "layers", "int8", "decode", "merge", "memory", "mixed"]  # the most important first
 TEST_PROCESSES = min(16, os.cpu_count() or 1)  # compiling is most of what a test of a kernel does
 
@@ -165,7 +165,7 @@ def stages_for(out: Path, python: str = sys.executable) -> list[Stage]:
     """What to run, the most important first; together within `SECONDS`."""
     out = out.resolve()
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_stage"]
-    questions = [f"bench/test_gpu_{name}.py" for name in QUESTIONS]
+    questions = [*(f"bench/test_gpu_{name}.py" for name in QUESTIONS), "bench/test_int8_error.py"]
     bench = [*pytest, *questions, "--benchmark-quiet", "--results", str(out)]
     files = sorted(file for name in GPU_TESTS for file in (ROOT / "tests").glob(name))
     tests = [*pytest, *(f"tests/{file.name}" for file in files), "-k", "not cpu", "-vv", f"--junit-xml={out}/tests.xml"]

@@ -33,6 +33,7 @@ from fastlora_kernels.gpu.plan import Plan
 
 TOKENS = {
     "forward": (8192, 1, 512, 2048, 64, 16), "backward": (8192, 512, 2048, 64), "side": (8192, 2048, 512, 64),
+    "int8": (8192, 2048, 512, 64),
 }  # fmt: skip
 FEATURES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 RANKS = (16, 64)
@@ -55,7 +56,7 @@ def groups() -> Iterator[list[AnySize]]:
             for op, int8, p in (
                 ("forward", False, DROPOUT), ("backward", False, DROPOUT), ("forward", True, 0.0),
                 ("forward", True, DROPOUT), ("backward", True, DROPOUT), ("forward", False, 0.0),
-                ("backward", False, 0.0), ("backward", True, 0.0),
+                ("backward", False, 0.0), ("backward", True, 0.0), ("int8", True, DROPOUT), ("int8", True, 0.0),
             ):  # fmt: skip
                 yield [Size(op, int8, p, M, N, K, R) for M in TOKENS[op]]
 

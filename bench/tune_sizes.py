@@ -36,7 +36,7 @@ Results = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Size:
-    """The "forward" or "backward" of a LoRA linear in bfloat16, at M tokens and rank R, with dropout p."""
+    """The "forward", "backward" or "int8" forward of a LoRA linear in bfloat16: M tokens, rank R, dropout p."""
 
     op: str
     int8: bool
@@ -74,15 +74,16 @@ class Size:
         self, plan: Plan, x: Tensor, d_y: Tensor, s: Tensor, w: Tensor, w_scale: Tensor | None, a: Tensor, b: Tensor,
         seed: Tensor | None,
     ) -> Results:  # fmt: skip
-        if self.op == "forward":
-            return planned_forward(plan, x, w, w_scale, None, a, b, 2.0, self.p, seed)
+        if self.op != "backward":
+            return planned_forward(plan, x, w, w_scale, None, a, b, 2.0, self.p, seed, reference.OUTLIER_THRESHOLD)
         return planned_backward(plan, d_y, x, s, w, w_scale, a, b, 2.0, self.p, seed, True, True, True)
 
     def eager(self, dtype: torch.dtype, d_y: Tensor, s: Tensor, w_scale: Tensor | None, **given: Any) -> Results:
         """What `run` gives, by eager PyTorch in a dtype."""
         given = _cast(dtype, given) | dict(w_scale=w_scale, scale=2.0, p=self.p)
-        if self.op == "forward":
-            return reference.lora_linear(bias=None, **given)
+        if self.op != "backward":
+            threshold = reference.OUTLIER_THRESHOLD if self.op == "int8" else None
+            return reference.lora_linear(bias=None, threshold=threshold, **given)
         needs = dict(needs_x=True, needs_a=True, needs_b=True)
         return reference.lora_linear_backward(d_y.to(dtype), s=s.to(dtype), **needs, **given)
 

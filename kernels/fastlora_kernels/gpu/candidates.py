@@ -24,6 +24,12 @@ _MIDDLE = (
 _DECODE = (Tile(16, 64, 128, 4, 4, tma=True), Tile(16, 64, 64, 4, 4, tma=True), Tile(16, 64, 64, 4, 4))
 # Converting int8 in the product of the backward takes more registers.
 _INT8_BACKWARD = (Tile(128, 128, 64, 8, 4, tma=True), Tile(64, 128, 64, 4, 4, tma=True))
+# Triton waits for each product of int8 codes before the next, so a step of the sum is long, or two programs share a
+# multiprocessor.
+_INT8_CODES = (
+    Tile(256, 128, 128, 8, 3, tma=True), Tile(128, 256, 128, 8, 3, tma=True), Tile(256, 128, 256, 8, 2, tma=True),
+    Tile(128, 128, 128, 4, 3, tma=True), Tile(128, 128, 256, 8, 3, tma=True), Tile(64, 128, 128, 4, 4, tma=True),
+)  # fmt: skip
 _LARGE_TOKENS = 1024
 
 # Kernels that read the activations once are as fast as memory where enough of it is on its way: 4.3 TB/s times about
@@ -57,8 +63,12 @@ def candidates(
     The arguments are those of `choose_plan`. On architectures before Hopper, or in float32, only the kind varies.
     """
     safe = safe_plan(arch, dtype, M, N, K, R, int8, p, op)
+    hopper = dtype.itemsize == 2 and (arch is None or arch == FIRST_ARCH)
+    if op == "int8":
+        tiles = _INT8_CODES if hopper else ()
+        return list(dict.fromkeys(Plan("int8", tile, _WHY) for tile in (safe.tile, *tiles)))
     plans = [safe, *(_of_kind(kind, arch, dtype, M, N, K, R, int8, p, op) for kind in _kinds(M, R, int8, op))]
-    if dtype.itemsize == 2 and (arch is None or arch == FIRST_ARCH):
+    if hopper:
         plans += _hopper(M, R, int8, op)
     return list(dict.fromkeys(replace(plan, why=_WHY) for plan in plans))
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference import OUTLIER_THRESHOLD
-from .int8_linear import int8_linear
 from .launch import Launch, recorded
 from .lora_linear import planned_forward
 from .lora_linear_backward import planned_backward
@@ -57,11 +56,9 @@ def meta_launches(
     b = _empty(N, R, dtype=torch.float32) if R else None
     x, seed = _empty(M, K, dtype=dtype), _empty(1, dtype=torch.int64)
     with recorded(arch) as launches:
-        if op == "int8":
-            bias_tensor = _empty(N, dtype=dtype) if bias else None
-            int8_linear(plan.tile, x, w, w_scale, bias_tensor, a, b, 2.0, p, seed, OUTLIER_THRESHOLD)
-        elif op == "forward":
-            planned_forward(plan, x, w, w_scale, _empty(N, dtype=dtype) if bias else None, a, b, 2.0, p, seed)
+        if op in ("forward", "int8"):
+            bias_or_none = _empty(N, dtype=dtype) if bias else None
+            planned_forward(plan, x, w, w_scale, bias_or_none, a, b, 2.0, p, seed, OUTLIER_THRESHOLD)
         else:
             s, d_y = _empty(M, R, dtype=dtype), _empty(M, N, dtype=dtype)
             planned_backward(plan, d_y, x, s, w, w_scale, a, b, 2.0, p, seed, True, R > 0, R > 0)

@@ -38,18 +38,20 @@ def lora_linear(
     check_operands(x, w, w_scale, a, b, bias=bias, seed=seed)
     (M, K), N, R = x.shape, w.shape[0], 0 if a is None else a.shape[0]
     arch, int8 = device_arch(x.device), w_scale is not None
-    if threshold is not None and w_scale is not None and M > FEW_TOKENS:
-        plan = choose_plan(arch, x.dtype, M, N, K, R, int8, p, "int8", device_name(x.device))
-        return int8_linear(plan.tile, x, w, w_scale, bias, a, b, scale, p, seed, threshold)
-    plan = choose_plan(arch, x.dtype, M, N, K, R, int8, p, "forward", device_name(x.device))
-    return planned_forward(plan, x, w, w_scale, bias, a, b, scale, p, seed)
+    op = "int8" if threshold is not None and int8 and M > FEW_TOKENS else "forward"
+    plan = choose_plan(arch, x.dtype, M, N, K, R, int8, p, op, device_name(x.device))
+    return planned_forward(plan, x, w, w_scale, bias, a, b, scale, p, seed, threshold)
 
 
 def planned_forward(
     plan: Plan, x: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, a: Tensor | None, b: Tensor | None,
-    scale: float, p: float, seed: Tensor | None,
+    scale: float, p: float, seed: Tensor | None, threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`lora_linear` by a given plan of any kind; "decode" takes up to `plan.tile.block_m` tokens."""
+    if plan.kind == "int8":
+        assert w_scale is not None, "an int8 plan is for int8 weights"
+        assert threshold is not None, "an int8 plan is chosen where there is a threshold"
+        return int8_linear(plan.tile, x, w, w_scale, bias, a, b, scale, p, seed, threshold)
     if plan.kind in ("decode", "fused"):
         return _one_launch(plan, x, w, w_scale, bias, a, b, scale, p, seed)
     s = x.new_empty(x.shape[0], 0) if a is None else shrink(x, a, p, seed)
