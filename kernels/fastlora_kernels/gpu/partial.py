@@ -11,21 +11,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+DEFAULT_STREAM = 0  # its handle
+_counters: dict[torch.device, Tensor] = {}
 
 
 def counters(count: int, device: torch.device) -> Tensor:
     """At least `count` int32 zeros; every kernel that counts with them leaves zeros behind.
 
-    They are kept per stream, on which kernels follow one another. A CUDA graph may run on another stream than the
-    one it was captured on, so each captured call gets, and zeroes, its own.
+    They are kept for the default stream alone, on which kernels follow one another. On any other, a CUDA graph may be
+    in the making: it may run later on a stream of its choice, and while torch.compile warms up for one, memory comes
+    from a pool in which nothing but results may remain. There each call gets, and zeroes, its own.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.current_stream(device).cuda_stream != DEFAULT_STREAM:
         return torch.zeros(count, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    kept = _counters.get(key)
+    kept = _counters.get(device)
     if kept is None or kept.numel() < count:
-        kept = _counters[key] = torch.zeros(max(1024, triton.next_power_of_2(count)), dtype=torch.int32, device=device)
+        size = max(1024, triton.next_power_of_2(count))
+        kept = _counters[device] = torch.zeros(size, dtype=torch.int32, device=device)
     return kept
 
 
