@@ -1,4 +1,4 @@
-"""What the interpreter never asks for and a GPU does: descriptors within the hardware's rules, counters that are zero."""
+"""What the interpreter never asks for and a GPU does: descriptors within the hardware's rules, counters at zero."""
 
 from types import SimpleNamespace
 
