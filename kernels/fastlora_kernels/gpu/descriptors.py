@@ -16,11 +16,12 @@ _ALIGNMENT = 16  # bytes: of the first element, of a row's length, of the innerm
 def matrix(tensor: Tensor, block_row: int, block_column: int) -> TensorDescriptor | None:
     """Describes a row-major matrix in tiles; None where the hardware's rules do not allow it.
 
-    The rules (CUDA driver API, cuTensorMapEncodeTiled): unit stride in a row, rows and base aligned to 16 bytes,
-    nothing empty, at most 256 elements a side.
+    The rules (CUDA driver API, cuTensorMapEncodeTiled): unit stride in a row, rows that do not overlap, rows and base
+    aligned to 16 bytes, nothing empty, at most 256 elements a side.
     """
     size = tensor.element_size()
-    strides_fit = tensor.stride(1) == 1 and tensor.stride(0) > 0 and tensor.stride(0) * size % _ALIGNMENT == 0
+    stride = tensor.stride(0)
+    strides_fit = tensor.stride(1) == 1 and stride >= tensor.shape[1] and stride * size % _ALIGNMENT == 0
     aligned = tensor.data_ptr() % _ALIGNMENT == 0
     blocks_fit = block_column * size >= _ALIGNMENT and max(block_row, block_column) <= 256
     if not (strides_fit and aligned and blocks_fit) or tensor.numel() == 0:

@@ -14,8 +14,9 @@ from torch import Tensor
 from .jit import convert
 from .launch import cdiv, next_block
 
+DEFAULT_STREAM = 0  # its handle
 RESERVED = 1 << 20  # counters for captured calls; one call takes about a hundred
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+_counters: dict[torch.device, Tensor] = {}
 _reserves: dict[torch.device, Tensor] = {}
 _taken: dict[torch.device, int] = {}
 
@@ -23,21 +24,25 @@ _taken: dict[torch.device, int] = {}
 def counters(count: int, device: torch.device) -> Tensor:
     """At least `count` int32 zeros; every kernel that counts with them leaves zeros behind.
 
-    They are kept per stream, on which kernels follow one another. A CUDA graph may run on another stream than the
-    one it was captured on, so each captured call gets its own for good; only where no more of them are left, or the
-    first call of all is a captured one, does a graph zero them at each of its runs.
+    They are kept for the default stream alone, on which kernels follow one another. A CUDA graph may run on another
+    stream than the one it was captured on, so each captured call gets its own for good; only where no more of them are
+    left, or the first call of all is a captured one, does a graph zero them at each of its runs. On any other stream a
+    graph may be in the making: while torch.compile warms up for one, memory comes from a pool in which nothing but
+    results may remain. There each call gets, and zeroes, its own.
     """
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
         return _reserved(count, device)
+    stream = torch.cuda.current_stream(device)
+    if stream.cuda_stream != DEFAULT_STREAM:
+        return torch.zeros(count, dtype=torch.int32, device=device)
     if device not in _reserves:
         _reserves[device] = torch.zeros(RESERVED, dtype=torch.int32, device=device)
-        torch.cuda.current_stream(device).synchronize()  # once: a graph's stream will not wait for it
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    kept = _counters.get(key)
+        stream.synchronize()  # once: a graph's stream will not wait for it
+    kept = _counters.get(device)
     if kept is None or kept.numel() < count:
-        kept = _counters[key] = torch.zeros(next_block(count, 1024), dtype=torch.int32, device=device)
+        kept = _counters[device] = torch.zeros(next_block(count, 1024), dtype=torch.int32, device=device)
     return kept
 
 
