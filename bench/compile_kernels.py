@@ -55,7 +55,9 @@ class Row:
     def _unplanned(self) -> str:
         """Where the compiler did not do on Hopper what the kernel that multiplies with the weight is written for."""
         words = self.variant.split()
-        if "int8" in words and self.matrix != "wgmma, left in registers":
+        if self.kernel == "int8_linear" and self.matrix != "wgmma, int8":
+            return f"int8 tensor cores are not used: {self.matrix}"
+        if self.kernel != "int8_linear" and "int8" in words and self.matrix != "wgmma, left in registers":
             return f"int8 weights go through shared memory: {self.matrix}"
         if "tma" in words and self.loads != "TMA":
             return f"planned with TMA, loads with {self.loads}"

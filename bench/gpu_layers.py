@@ -113,14 +113,20 @@ def frozen(shape: Shape, seed: int) -> nn.Module:
     return Holder(shape, seed).proj
 
 
-def ours(shape: Shape, seed: int, quantize: str | None = None) -> nn.Module:
+def ours(shape: Shape, seed: int, quantize: str | None = None, compute: str | None = None) -> nn.Module:
     model = Holder(shape, seed)
-    fastlora.patch(model, r=shape.r, targets=["proj"], alpha=ALPHA, dropout=shape.p, quantize=quantize)
+    settings = dict(alpha=ALPHA, dropout=shape.p, quantize=quantize, compute=compute)
+    fastlora.patch(model, r=shape.r, targets=["proj"], **settings)  # type: ignore[arg-type]
     return fill_adapters(model, seed).train().proj
 
 
 def ours_int8(shape: Shape, seed: int) -> nn.Module:
     return ours(shape, seed, "int8")
+
+
+def ours_in_int8(shape: Shape, seed: int) -> nn.Module:
+    """Activations in int8, too."""
+    return ours(shape, seed, "int8", "int8")
 
 
 def peft_layer(shape: Shape, seed: int, fp32: bool = False, int8: bool = False) -> nn.Module:
@@ -203,9 +209,9 @@ def backward_too(
     return call
 
 
-def check_linear(shape: Shape, int8: bool = False) -> None:
+def check_linear(shape: Shape, int8: bool = False, threshold: float | None = None) -> None:
     """Holds our forward and gradients to float64, with dropout, at the size that is timed."""
-    inputs = _operands(shape, int8)
+    inputs = _operands(shape, int8) | {"threshold": threshold}
     d_y = shape.d_y(0)
     found = _ours(inputs, d_y)
     eager, exact = _reference(inputs, d_y, BF16), _reference(inputs, d_y, torch.float64)
@@ -239,6 +245,6 @@ def _reference(inputs: dict[str, Any], d_y: Tensor, dtype: torch.dtype) -> dict[
         for name, value in inputs.items()
     }
     y, s = reference.lora_linear(**cast)
-    del cast["bias"]
+    del cast["bias"], cast["threshold"]
     gradients = reference.lora_linear_backward(d_y.to(dtype), s=s, needs_x=True, needs_a=True, needs_b=True, **cast)
     return {"y": y, **dict(zip(("d_x", "d_a", "d_b"), gradients, strict=True))}

@@ -1,6 +1,8 @@
-"""A batch whose rows have different adapters, beside the same batch with one."""
+"""A batch whose rows have different adapters, beside the same batch with one; in inference and in training."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import ops
+from fastlora.adapters.mixing import mix_rows
 
 pytestmark = pytest.mark.gpu
 ROWS, ONE = 8, "one adapter"
@@ -19,7 +22,7 @@ ROWS, ONE = 8, "one adapter"
 def ours(shape: Shape, names: list[str]) -> nn.Module:
     model = Holder(shape, 0)
     for name in names:
-        fastlora.patch(model, r=shape.r, targets=["proj"], alpha=ALPHA, adapter=name)
+        fastlora.patch(model, r=shape.r, targets=["proj"], alpha=ALPHA, dropout=shape.p, adapter=name)
     return fill_adapters(model).eval()
 
 
@@ -52,12 +55,17 @@ def row_of(model: nn.Module, x: Tensor, adapter: str) -> Tensor:
         return x.float() @ layer.weight.float().T + layer.scaling[adapter] * (x.float() @ a.T) @ b.T
 
 
-@pytest.mark.parametrize("count", [4, 8])
+def batch_of(shape: Shape, count: int) -> tuple[Tensor, list[str], list[str]]:
+    """x with its rows, the adapters, and the adapter of each row: at least one row each."""
+    names = [f"a{index}" for index in range(count)]
+    rows = [names[index % count] for index in range(min(shape.M, max(ROWS, count)))]
+    return shape.x(0).view(len(rows), -1, shape.K), names, rows
+
+
+@pytest.mark.parametrize("count", [1, 4, 8, 64])
 def test_mixed_batch(race, place, count):
     shape = place.shape(8192, 4096, 4096, p=0.0)
-    names = [f"a{index}" for index in range(count)]
-    rows = [names[index % count] for index in range(ROWS)]
-    x = shape.x(0).view(ROWS, -1, shape.K)
+    x, names, rows = batch_of(shape, count)
     model = ours(shape, names)
     check_accuracy(model, x, rows)
 
@@ -86,3 +94,29 @@ def test_mixed_batch(race, place, count):
 
     builders = {ONE: one, "fastlora": mixed, "PEFT": mixed_of_peft}
     race("mixed batch", f"{count} adapters, {shape.name}", builders, [ONE], sizes=shape.sizes)
+
+
+@pytest.mark.parametrize("count", [8, 64])
+def test_mixed_training(race, place, count):
+    """Forward and backward, with dropout, of rows whose adapters are set before, as a training step does."""
+    shape = place.shape(8192, 4096, 4096)
+    x, names, rows = batch_of(shape, count)
+    d_y = shape.d_y(0).view(len(rows), -1, shape.N)
+
+    def step_of(model: nn.Module, inputs: Tensor) -> Callable[[], None]:
+        def call() -> None:
+            model(inputs).backward(d_y)
+
+        return call
+
+    def one() -> list:
+        model = ours(shape, names[:1]).train()
+        return [step_of(model, x.clone().requires_grad_())]
+
+    def mixed() -> list:
+        model = ours(shape, names).train()
+        mix_rows(model, torch.tensor([names.index(name) for name in rows]), names)
+        return [step_of(model, x.clone().requires_grad_())]
+
+    case = f"{count} adapters, {shape.name}"
+    race("mixed batch, forward + backward", case, {ONE: one, "fastlora": mixed}, [ONE], sizes=shape.sizes)

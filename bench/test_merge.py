@@ -1,4 +1,4 @@
-"""Merging on disk beside copying the same files, in turn, and the memory that it takes.
+"""Merging and exporting on disk beside copying the same files, in turn, and the memory that they take.
 
 `FASTLORA_BENCH_GB` is the size of the checkpoint and `FASTLORA_BENCH_DIR` where it goes, both made and removed here.
 """
@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.cpu
 ROUNDS = 3
 LAYERS, VOCABULARY, RANK = 8, 32000, 16
 MIB = 1 << 20
+FORMATS = {"merge_checkpoint": "merge_checkpoint", "export_checkpoint to int8": "int8"}  # as merge_once.py says them
 ALLOWED = 500 * 10**6  # bytes, beside four times the largest tensor
 
 
@@ -84,23 +86,24 @@ def test_merging_beside_copying(folder, quick, benchmark, record):
     make_adapter(folder / "adapter", hidden)
     size = sum(file.stat().st_size for file in (folder / "base").iterdir())
     samples: dict[str, list[float]] = {}
-    memory: list[tuple[int, int]] = []
+    memory: dict[str, list[tuple[int, int]]] = {}
 
     def copied() -> None:
         subprocess.run(["cp", "-r", folder / "base", folder / "copy"], check=True)
         os.sync()
 
-    def merged() -> None:
-        paths = [folder / "base", folder / "adapter", folder / "out"]
-        command = [sys.executable, str(Path(__file__).with_name("merge_once.py")), *map(str, paths)]
-        seconds, rise, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        samples.setdefault("merge_checkpoint", []).append(float(seconds))
-        memory.append((int(rise), int(peak)))
+    def merged(name: str) -> None:
+        paths = [folder / "base", folder / "adapter", folder / FORMATS[name]]
+        command = [sys.executable, str(Path(__file__).with_name("merge_once.py")), FORMATS[name], *map(str, paths)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds, rise, peak = result.stdout.split()[-3:]
+        samples.setdefault(name, []).append(float(seconds))
+        memory.setdefault(name, []).append((int(rise), int(peak)))
 
-    laps = Laps({"cp + sync": copied, "merge_checkpoint": merged})
+    laps = Laps({"cp + sync": copied} | {name: partial(merged, name) for name in FORMATS})
 
     def lap() -> None:
-        for name in ("copy", "out"):
+        for name in ("copy", *FORMATS.values()):
             shutil.rmtree(folder / name, ignore_errors=True)
         os.sync()
         laps()
@@ -110,7 +113,10 @@ def test_merging_beside_copying(folder, quick, benchmark, record):
     case = f"{LAYERS} shards, {size / 1e9:.1f} GB bf16, r={RANK}"
     record(rows_from_samples("merge on disk", case, laps, ["cp + sync"], unit="s", factor=1))
     largest = VOCABULARY * hidden * 2
-    rise, peak = max(memory)
-    assert peak <= 4 * largest + ALLOWED, f"expected at most {4 * largest + ALLOWED} bytes resident, found {peak}"
-    values = {"merge_checkpoint": rise / MIB, "largest tensor": largest / MIB}
+    values = {"largest tensor": largest / MIB}
+    for name, found in memory.items():
+        rise, peak = max(found)
+        allowed = 4 * largest + ALLOWED
+        assert peak <= allowed, f"{name}: expected at most {allowed} bytes resident, found {peak}"
+        values[name] = rise / MIB
     record(rows_from_values("memory of a merge on disk", case, values, ["largest tensor"], "MiB"))

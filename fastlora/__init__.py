@@ -25,6 +25,7 @@ from .checkpoints.export import export_checkpoint
 from .checkpoints.merge import merge_checkpoint
 from .checkpoints.resume import last_checkpoint
 from .checkpoints.verify import verify_checkpoint
+from .compute import set_compute
 from .config import LoraConfig
 from .integrations import load, patch, unload
 from .integrations.distributed import shard
@@ -59,6 +60,7 @@ __all__ = [
     "rename_adapter",
     "save",
     "set_adapter",
+    "set_compute",
     "set_scale",
     "shard",
     "trainable_parameters",

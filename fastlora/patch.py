@@ -13,8 +13,18 @@ from torch import Tensor, nn
 from . import ops
 from .adapters import trained
 from .adapters.base_embeddings import give_embeddings_back, keep_embeddings
-from .adapters.registry import ACTIVE, REGISTRY, active_adapters, adapters, check_addable, patched_layers, set_adapter
+from .adapters.registry import (
+    ACTIVE,
+    REGISTRY,
+    active_adapters,
+    adapters,
+    check_addable,
+    lora_layers,
+    patched_layers,
+    set_adapter,
+)
 from .adapters.tokens import attach_tokens, find_tokens, initial_rows
+from .compute import check_compute, put_compute
 from .config import LoraConfig
 from .inits import PLAIN_INITS, Initial, check_no_calibration, initial_adapters, with_found_ranks
 from .layers import LinearLayer, LoraLayer, adopt, dissolve_groups, form_groups, kind_of, replace_weight
@@ -37,6 +47,7 @@ def patch(
     alpha: float | None = None,
     dropout: float = 0.0,
     quantize: str | None = None,
+    compute: str | None = None,
     adapter: str = "default",
     config: Any = None,
     allow_output_head: bool = False,
@@ -64,6 +75,8 @@ def patch(
         alpha: the low-rank part is scaled by alpha / r; None means r.
         dropout: probability to drop an element of the low-rank part's input while training.
         quantize: "int8" stores the frozen weights of linear targets as int8 with a scale per output feature.
+        compute: "int8" multiplies int8 weights with activations in int8, as `set_compute` says; None leaves that as it
+            is.
         adapter: the adapter's name.
         config: a `LoraConfig`, or a `peft.LoraConfig`, in place of r, targets, alpha and dropout.
         calibration: batches of the model's keyword arguments, such as a DataLoader, for the initialisations that look
@@ -78,16 +91,18 @@ def patch(
     """
     config = _config(r, targets, alpha, dropout, config)
     with replicated(model, config, adapters(model)):
-        _add_new(model, config, quantize, adapter, allow_output_head, calibration)
+        _add_new(model, config, quantize, compute, adapter, allow_output_head, calibration)
     return model
 
 
 def _add_new(
-    model: nn.Module, config: LoraConfig, quantize: str | None, adapter: str, allow_output_head: bool, calibration: Any
-) -> None:
+    model: nn.Module, config: LoraConfig, quantize: str | None, compute: str | None, adapter: str,
+    allow_output_head: bool, calibration: Any,
+) -> None:  # fmt: skip
     """Adds an adapter of a config with initial tensors, after every check."""
     config, modules = find_targets(model, config)
     _check(model, modules, config, quantize, adapter, allow_output_head)
+    check_compute(modules, quantize, compute)
     check_settings(modules, config)
     tokens = find_tokens(model, config, modules)
     if config.init_lora_weights in PLAIN_INITS:
@@ -99,7 +114,7 @@ def _add_new(
         config, modules = with_found_ranks(config, modules, initial)
         parts = {name: start.parts(config.lora_bias) for name, start in initial.items()}
     parts |= initial_rows(model, tokens)
-    attach(model, modules, parts, config, adapter, quantize, initial=initial)
+    attach(model, modules, parts, config, adapter, quantize, initial=initial, compute=compute)
 
 
 def attach(
@@ -113,6 +128,7 @@ def attach(
     copies: dict[str, Tensor] | None = None,
     activate: bool = True,
     initial: Mapping[str, Initial] | None = None,
+    compute: str | None = None,
 ) -> None:
     """Adds an adapter with given tensors to checked modules, the active one by default.
 
@@ -134,6 +150,8 @@ def attach(
         layer.add_adapter(adapter, weights[name], scaling, config.lora_dropout, trainable)
         if config.use_dora and not layer.has_magnitude(adapter):
             layer.add_magnitude(adapter, trainable)
+    if compute is not None:
+        put_compute(lora_layers(model).values(), compute)
     form_groups(model)
     attach_tokens(model, config, weights, adapter, trainable)
     trained.add_copies(model, adapter, names, copies or {}, config, trainable)

@@ -268,6 +268,20 @@ def test_mixed_batch_drops_per_adapter():
     assert not torch.allclose(trained[1], plain[1])
 
 
+def test_mixed_batch_follows_what_is_written_to_its_adapters():
+    model, batch = ours(), make_batch(batch=2)
+    with torch.no_grad(), fastlora.mixed(model, ["a", "b"]):
+        first, again = model(**batch).logits, model(**batch).logits
+        for name, parameter in model.named_parameters():
+            if ".lora_B.b" in name:
+                parameter.zero_()
+        changed = model(**batch).logits
+    assert torch.equal(first, again)
+    assert torch.equal(first[0], changed[0])
+    with torch.no_grad(), fastlora.mixed(model, ["a", None]):
+        assert_close(changed, model(**batch).logits)
+
+
 def test_compiled_mixed_batch_serves_other_rows_without_recompiling():
     model = ours(dtype=torch.float32)
     batch = make_batch(batch=3)

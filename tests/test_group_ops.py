@@ -101,13 +101,14 @@ def leaves_of(inputs):
     return inputs | dict(x=x, a_s=a_s, b_s=b_s), [x, *a_s, *b_s]
 
 
+@pytest.mark.parametrize("threshold", [None, 2.0])
 @pytest.mark.parametrize("room", ["reference", "cpu", "gpu"])
-def test_opcheck(room, device):
+def test_opcheck(room, device, threshold):
     if room == "cpu":
         device = "cpu"
     inputs, _ = leaves_of(group_inputs(GROUPS["other-dropouts"], torch.bfloat16, device, int8=True))
     with ops.using(room):
-        opcheck(torch.ops.fastlora.lora_linear_group, tuple(inputs.values()))
+        opcheck(torch.ops.fastlora.lora_linear_group, (*inputs.values(), threshold))
 
 
 def test_gradients_are_finite_differences(device):

@@ -1,5 +1,6 @@
 """Models in bitsandbytes' 4 bits: trained in place, merged and given back, against PEFT's."""
 
+import contextlib
 import copy
 
 import peft
@@ -113,6 +114,28 @@ def test_the_frozen_model_is_that_of_bitsandbytes(load_4bit, kind):
     assert not torch.equal(logits(model), expected)
     with fastlora.disabled(model):
         assert torch.equal(logits(model), expected)
+
+
+def test_mixed_batch_equals_each_row_alone(load_4bit):
+    """In training, too; rows come in runs, single, and without an adapter."""
+    model, rows = patched(load_4bit), ["default", None, "other", "other", "other", "default", None, "default"]
+    fastlora.patch(model, config=fastlora.LoraConfig(r=2, target_modules=TARGETS[:2], lora_bias=True), adapter="other")
+    fill(model, 2)
+    alone = copy.deepcopy(model)
+    with fastlora.mixed(model, rows):
+        found = logits(model)
+        found.square().sum().backward()
+    parts = []
+    for i, name in enumerate(rows):
+        fastlora.set_adapter(alone, name or "other")
+        with fastlora.disabled(alone) if name is None else contextlib.nullcontext():
+            parts.append(logits(alone)[i])
+    expected = torch.stack(parts)
+    expected.square().sum().backward()
+    torch.testing.assert_close(found, expected)
+    for (name, one), (_, other) in zip(model.named_parameters(), alone.named_parameters(), strict=True):
+        if ".lora_" in name:
+            torch.testing.assert_close(one.grad, other.grad)
 
 
 def test_several_adapters_add_up(load_4bit):

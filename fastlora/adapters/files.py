@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..compute import check_compute
 from ..config import CONFIG_FILE, PREFIX, LoraConfig
 from ..inits import as_saved, initial_for_file, saved_config
 from ..inits.conversion import itself
@@ -81,6 +82,7 @@ def load(
     trainable: bool = False,
     *,
     quantize: str | None = None,
+    compute: str | None = None,
 ) -> nn.Module:
     """Puts an adapter folder of PEFT's format on a model, patched or not, and makes the adapter active.
 
@@ -92,7 +94,7 @@ def load(
     Args:
         adapter: the name that it gets in this model.
         trainable: whether it trains on; otherwise it is frozen.
-        quantize: as in `patch`, for the layers that the adapter is on.
+        quantize, compute: as in `patch`, for the layers that the adapter is on.
 
     Returns:
         The same model.
@@ -105,13 +107,13 @@ def load(
     config = LoraConfig.from_folder(folder)
     tensors = read_tensors(folder)
     with replicated(model, config, adapters(model)):
-        _add_saved(model, config, tensors, folder, adapter, trainable, quantize)
+        _add_saved(model, config, tensors, folder, adapter, trainable, quantize, compute)
     return model
 
 
 def _add_saved(
     model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], folder: Path, adapter: str, trainable: bool,
-    quantize: str | None,
+    quantize: str | None, compute: str | None,
 ) -> None:  # fmt: skip
     """Adds an adapter with the tensors of a file, after every check."""
     rows = take_tokens(model, config, tensors, folder)
@@ -119,11 +121,12 @@ def _add_saved(
     modules, weights, copies = fit(model, config, tensors, folder)
     check_settings(modules, config if trainable else replace(config, lora_dropout=0.0))
     check_quantizable(model, modules, quantize)
+    check_compute(modules, quantize, compute)
     _warn_of_another_base(model, config, folder)
     initial = initial_for_file(model, modules, config, folder)
     config = replace(config, inference_mode=not trainable)
     replace_embeddings(model, embeddings, folder)
-    attach(model, modules, weights | rows, config, adapter, quantize, trainable, copies, initial=initial)
+    attach(model, modules, weights | rows, config, adapter, quantize, trainable, copies, True, initial, compute)
 
 
 def _as_peft_records(config: LoraConfig, model: nn.Module, layers: Mapping[str, LoraLayer]) -> LoraConfig:

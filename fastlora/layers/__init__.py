@@ -8,7 +8,7 @@ import torch
 
 from .attention import LoraAttention
 from .base import LoraLayer, become, rebind_hooked_forward
-from .bitsandbytes import is_linear4bit, is_linear8bit, read_int8
+from .bitsandbytes import is_linear4bit, is_linear8bit, outlier_threshold, read_int8
 from .conv import LoraConvolution1d, LoraConvolution2d, LoraConvolution3d
 from .embedding import LoraEmbedding
 from .experts import LoraParameter, ParameterTarget
@@ -44,6 +44,7 @@ __all__ = [
     "is_linear4bit",
     "is_linear8bit",
     "kind_of",
+    "outlier_threshold",
     "read_int8",
     "rebind_hooked_forward",
     "replace_weight",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora_kernels.reference import INT8_MAX
+from fastlora_kernels.reference import INT8_MAX, OUTLIER_THRESHOLD
 
 
 def is_linear4bit(module: Any) -> bool:
@@ -35,6 +35,11 @@ def read_int8(module: Any) -> tuple[Tensor, Tensor] | None:
     if absmax is None:
         return None
     return (weight.data if codes is None else codes), absmax.float() / INT8_MAX
+
+
+def outlier_threshold(module: Any) -> float:
+    """The magnitude from which a layer's inputs are outliers: bitsandbytes' where it is its own; 0 for none."""
+    return float(getattr(getattr(module, "state", None), "threshold", OUTLIER_THRESHOLD))
 
 
 def take_int8(module: Any) -> tuple[Tensor, Tensor] | None:

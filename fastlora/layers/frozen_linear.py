@@ -219,6 +219,7 @@ class FrozenLinear(LoraLayer):
 
     def _become_original(self) -> None:
         int8 = self.weight.data, self.weight_scale
+        self.__dict__.pop("threshold", None)
         super()._become_original()
         del self.original, self._parameters["weight_scale"], self._buffers["weight_squares"]
         self._non_persistent_buffers_set.discard("weight_squares")

@@ -137,10 +137,14 @@ class Seat:
                 return None  # seeds are drawn in the order of the calls, so all who draw are in it or none
         if len(operands) == 1:
             return None
-        ws, w_scales, a_s, b_s, scales, ps, biases = zip(*operands.values(), strict=True)
+        ws, w_scales, a_s, b_s, scales, ps, biases, thresholds = zip(*operands.values(), strict=True)
+        if len(set(thresholds)) > 1:
+            return None
         seeds = [draw_seed(x) if p > 0 else None for p in ps]
         wide = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
-        outputs = ops.lora_linear_group(wide, ws, w_scales, biases, a_s, b_s, scales, ps, seeds)
+        outputs = ops.lora_linear_group(
+            wide, ws, w_scales, biases, a_s, b_s, scales, ps, seeds, thresholds[0]
+        )  # fmt: skip
         y, *others = outputs
         self.group.ahead[thread] = Ahead(x, _state(x), operands, dict(zip(list(operands)[1:], others, strict=True)))
         return y
@@ -159,7 +163,7 @@ def _state(x: Tensor) -> tuple:
 
 
 def _operands(member: Any, x: Tensor) -> tuple | None:
-    """A member's operands and bias, where one op computes its next call; None otherwise."""
+    """A member's operands, bias and threshold, where one op computes its next call; None otherwise."""
     adapter, bias = member.fused_adapter(), member._parameters["bias"]
     if adapter is None or (bias is not None and bias.requires_grad):
         return None
@@ -170,7 +174,7 @@ def _operands(member: Any, x: Tensor) -> tuple | None:
     for tensor in (w, a, b):
         if type(tensor) not in _PLAIN or tensor.device != x.device:
             return None
-    return *operands, bias
+    return *operands, bias, member.threshold
 
 
 def _fits(ahead: Ahead, place: int, member: Any, x: Tensor) -> bool:

@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fastlora_kernels.reference import FEW_TOKENS
+
 from .. import ops
 from .base import LoraLayer
 from .bitsandbytes import is_linear8bit
 from .branch import draw_seed, dropout, low_rank
 from .frozen_linear import FrozenLinear
 from .group import Seat
-from .mixed import Mix, add_low_rank, add_rows, stacked
+from .mixed import Mix, add_rows
 
 # Subclasses of nn.Linear whose forward differs from it in nothing but the way it is written.
 EQUIVALENT_LINEARS = {"FalconLinear"}
@@ -30,19 +32,24 @@ class LinearLayer(FrozenLinear):
         return cls
 
     mix: Mix | None = None
+    threshold: float | None = None  # of the outliers of x, where products are of int8 codes with int8 codes
+    together: tuple[Any, Tensor, Tensor] | None = None  # adapters of the mix, and what tells whether they changed
     seat: Seat | None = None  # in a group of layers that read the same tensor
 
     def mix_adapters(self, mix: Mix | None) -> None:
+        self.__dict__.pop("together", None)
         if mix is None:
             self.__dict__.pop("mix", None)
             return
-        here = [name for name in mix.adapters if self.has(name)]
+        here = tuple(name for name in mix.adapters if self.has(name))
         for name in here:
             if name in self.lora_magnitude:
                 raise ValueError(f"rows: expected adapters without DoRA, found {name!r}")
-        # The last element, which -1 picks, stands for no adapter.
-        lookup = torch.tensor([here.index(name) if name in here else -1 for name in (*mix.adapters, None)])
-        self.mix = Mix(tuple(here), lookup[mix.rows.cpu()].to(self.weight.device))
+        self.mix = mix.among(here, self.weight.device)
+
+    def multiplies_codes(self) -> bool:
+        """Whether ops of ours multiply with int8 codes here, so that a `threshold` means something."""
+        return self._parameters["weight_scale"] is not None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.seat is not None and (together := self.seat.output(self, x)) is not None:
@@ -61,7 +68,8 @@ class LinearLayer(FrozenLinear):
         adapter = self.fused_adapter()
         if adapter is not None:
             w, w_scale, a, b, scale, p = self.operands(adapter)
-            return ops.lora_linear(x, w, w_scale, bias, a, b, scale, p, draw_seed(x) if p > 0 else None)
+            seed = draw_seed(x) if p > 0 else None
+            return ops.lora_linear(x, w, w_scale, bias, a, b, scale, p, seed, self.threshold)
         if self.mix is not None and self.adapters_enabled:
             return self._mixed(x, bias, self.mix)
         running = self.running_adapters()
@@ -87,7 +95,7 @@ class LinearLayer(FrozenLinear):
         weight, weight_scale = self.frozen_weight, self._parameters["weight_scale"]
         if weight_scale is None:
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return ops.lora_linear(x, weight, weight_scale, bias)
+        return ops.lora_linear(x, weight, weight_scale, bias, threshold=self.threshold)
 
     def _several(self, x: Tensor, bias: Tensor | None, adapters: tuple[str, ...]) -> Tensor:
         if self._why_apart(adapters, self.training) is not None:
@@ -98,7 +106,7 @@ class LinearLayer(FrozenLinear):
         if adapters[0] in self.lora_magnitude:
             return self._dora(x, bias, adapters[0])
         a, b = self._stacked(adapters)
-        y = ops.lora_linear(x, self.frozen_weight, self.weight_scale, bias, a, b)
+        y = ops.lora_linear(x, self.frozen_weight, self.weight_scale, bias, a, b, threshold=self.threshold)
         return y + self._bias_of(adapters).to(y.dtype) if self._has_bias(adapters) else y
 
     def _why_apart(self, adapters: tuple[str, ...], training: bool) -> str | None:
@@ -119,6 +127,8 @@ class LinearLayer(FrozenLinear):
         p = max((self.lora_dropout[adapter] for adapter in running), default=0.0)
         plans = ops.gpu_plans(place, dtype, *self.features(self), rank, self.weight_scale is not None, p)
         words = words if plans is None else f"{words}: {plans}"
+        if self.threshold is not None:
+            words += f", inputs of more than {FEW_TOKENS} tokens in int8"
         reason = self._why_apart(running, training=True)
         return words if reason is None else f"frozen product by {words}; adapters by PyTorch: {reason}"
 
@@ -128,41 +138,40 @@ class LinearLayer(FrozenLinear):
         a, b, scaling = self.lora_A[adapter], self.lora_B[adapter], self.scaling[adapter]
         if weight_scale is not None and not torch.is_grad_enabled():
             # The scale of the int8 rows takes the factor in; nothing more is to be computed.
-            return ops.lora_linear(x, weight, weight_scale * factor, bias, a, b * factor[:, None], scaling)
-        y = ops.lora_linear(x, weight, weight_scale, None, a, b, scaling) * factor.to(x.dtype)
+            b = b * factor[:, None]
+            return ops.lora_linear(x, weight, weight_scale * factor, bias, a, b, scaling, threshold=self.threshold)
+        y = ops.lora_linear(x, weight, weight_scale, None, a, b, scaling, threshold=self.threshold)
+        y = y * factor.to(x.dtype)
         return y if bias is None else y + bias.to(y.dtype)
 
     def _mixed(self, x: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
         """Each row of the batch with its own adapter."""
         if not mix.adapters:
             return self._frozen(x, bias)
-        by_probability: dict[float, list[str]] = {}
-        for name in mix.adapters:
-            by_probability.setdefault(self.lora_dropout[name] if self.training else 0.0, []).append(name)
-        (p, names), *others = sorted(by_probability.items())
-        y = self._rows_with(names, x, bias, mix.among(names), p)
-        for p, names in others:
-            y = self._rows_added(y, names, x, mix.among(names), p)
+        names = mix.adapters
+        a, b = self._side_by_side(names)
+        ranks, scales = [self.lora_A[name].shape[0] for name in names], [float(self.scaling[name]) for name in names]
+        ps = [self.lora_dropout[name] if self.training else 0.0 for name in names]
+        y = ops.lora_linear_mixed(
+            x, self.frozen_weight, self.weight_scale, bias, a, b, ranks, scales, mix.rows, ps,
+            draw_seed(x) if any(ps) else None,
+        )  # fmt: skip
         if self._has_bias(mix.adapters):
             zero = y.new_zeros(y.shape[-1])
             biases = [self._bias_of((name,)) if name in self.lora_B_bias else zero for name in mix.adapters]
             y = add_rows(y, mix.rows, torch.stack([zero, *biases]))
         return y
 
-    def _rows_with(self, names: list[str], x: Tensor, bias: Tensor | None, rows: Tensor, p: float) -> Tensor:
-        """The layer's output, with adapters of one dropout probability at their rows."""
-        a, b = torch.cat([self.lora_A[name] for name in names]), torch.cat([self.lora_B[name] for name in names], dim=1)
-        ranks, scales = [self.lora_A[name].shape[0] for name in names], [float(self.scaling[name]) for name in names]
-        seed = draw_seed(x) if p > 0 else None
-        return ops.lora_linear_mixed(
-            x, self.frozen_weight, self.weight_scale, bias, a, b, ranks, scales, rows, p, seed
-        )  # fmt: skip
-
-    def _rows_added(self, y: Tensor, names: list[str], x: Tensor, rows: Tensor, p: float) -> Tensor:
-        """The same for those of another probability, on top of it."""
-        a = stacked([self.lora_A[name] for name in names], rank_axis=0)
-        b = stacked([self.scaling[name] * self.lora_B[name] for name in names], rank_axis=1)
-        return add_low_rank(y, dropout(x, p), rows, a, b)
+    def _side_by_side(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """A and B of adapters as one matrix each; without gradients made once per mix, until one is written to."""
+        all_a, all_b = [self.lora_A[name] for name in names], [self.lora_B[name] for name in names]
+        together = [*all_a, *all_b]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(p.is_inference() for p in together):
+            return torch.cat(all_a), torch.cat(all_b, dim=1)
+        state = [(parameter.data_ptr(), parameter._version) for parameter in together]
+        if self.together is None or self.together[0] != state:
+            self.together = state, torch.cat(all_a), torch.cat(all_b, dim=1)
+        return self.together[1:]
 
     def _added(self, x: Tensor, adapter: str) -> Tensor:
         """What one adapter adds to the frozen layer's output."""

@@ -20,6 +20,7 @@ from .branch import low_rank
 from .fold import Fold
 from .folding import Parameters
 from .linear import LinearLayer
+from .mixed import Mix
 
 
 class LoraLinear4bit(LinearLayer):
@@ -73,6 +74,8 @@ class LoraLinear4bit(LinearLayer):
         return self._linear(x, None) + bias.to(x.dtype)
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.mix is not None and self.adapters_enabled:
+            return self._mixed(x, bias, self.mix)
         adapters = self.running_adapters()
         drops = self.training and any(self.lora_dropout[adapter] for adapter in adapters)
         if len(adapters) == 1 and adapters[0] in self.lora_magnitude and not drops:
@@ -81,6 +84,18 @@ class LoraLinear4bit(LinearLayer):
         for adapter in adapters:
             y = y + self._added(x, adapter)
         return y
+
+    def _mixed(self, x: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
+        """The frozen product of all rows, then each run of rows of one adapter with its low-rank part."""
+        B, M = mix.rows.shape[0], x.numel() // x.shape[-1]
+        if M % B:
+            raise ValueError(f"mixed: expected a batch of {B} rows, as adapters were given for, found {M} tokens")
+        y = self._frozen(x, bias)
+        x_rows, y_rows = x.reshape(B, M // B, -1), y.reshape(B, M // B, -1)
+        parts = [
+            y_rows[run] if name is None else y_rows[run] + self._added(x_rows[run], name) for name, run in mix.runs
+        ]
+        return torch.cat(parts).view(y.shape)
 
     def _frozen(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         import bitsandbytes

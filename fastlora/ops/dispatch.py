@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,18 @@ _forced: str | None = None
 def implementation(tensor: Tensor, rank: int = 0) -> ModuleType:
     """The room of `fastlora_kernels` that computes for `tensor` at a rank."""
     return _choose(_forced, tensor.device.type, tensor.dtype, rank)
+
+
+def run(name: str, tensor: Tensor, rank: int, *inputs: Any) -> Any:
+    """Calls a function of the room that computes for `tensor` at a rank.
+
+    Autocast is off meanwhile: a room chooses the dtype of each product itself.
+    """
+    function, device = getattr(implementation(tensor, rank), name), tensor.device.type
+    if not torch.is_autocast_enabled(device):
+        return function(*inputs)
+    with torch.autocast(device, enabled=False):
+        return function(*inputs)
 
 
 @functools.cache

@@ -12,20 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import implementation
+from .dispatch import run
 from .dtensor import check_local
-from .linear import check_linear, is_plain
+from .linear import check_linear, check_threshold, is_plain
 
 LISTS = 6  # of tensors among the arguments: ws, w_scales, biases, a_s, b_s, seeds
 
 
 def _run(name: str, x: Tensor, a_s: Sequence[Tensor], *inputs: Any) -> Any:
-    """Calls a function of the room that computes for x at the highest rank of `a_s`, without autocast."""
-    function = getattr(implementation(x, max(a.shape[0] for a in a_s)), name)
-    if not torch.is_autocast_enabled(x.device.type):
-        return function(*inputs)
-    with torch.autocast(x.device.type, enabled=False):
-        return function(*inputs)
+    """Calls a function of the room that computes for x at the highest rank of `a_s`."""
+    return run(name, x, max(a.shape[0] for a in a_s), *inputs)
 
 
 @torch.library.custom_op("fastlora::lora_linear_group", mutates_args=())
@@ -39,12 +35,13 @@ def _forward(
     scales: Sequence[float],
     ps: Sequence[float],
     seeds: Sequence[Tensor | None],
+    threshold: float | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    return _run("lora_linear_group", x, a_s, x, ws, w_scales, biases, a_s, b_s, scales, ps, seeds)
+    return _run("lora_linear_group", x, a_s, x, ws, w_scales, biases, a_s, b_s, scales, ps, seeds, threshold)
 
 
 @_forward.register_fake
-def _forward_fake(x, ws, w_scales, biases, a_s, b_s, scales, ps, seeds):
+def _forward_fake(x, ws, w_scales, biases, a_s, b_s, scales, ps, seeds, threshold):
     return [x.new_empty(x.shape[0], w.shape[0]) for w in ws], [x.new_empty(x.shape[0], a.shape[0]) for a in a_s]
 
 
@@ -111,7 +108,7 @@ def _gradients(backward: Callable, ctx: Any, d_ys: Sequence[Tensor | None]) -> t
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[Tensor]]) -> None:
-    x, ws, w_scales, biases, a_s, b_s, scales, ps, seeds = inputs
+    x, ws, w_scales, biases, a_s, b_s, scales, ps, seeds, _ = inputs
     _save(ctx, x, (ws, w_scales, biases, a_s, b_s, seeds), scales, ps, output[1])
     ctx.no_gradients = [_no_gradients(tensors) for tensors in (ws, w_scales, biases, seeds)]
 
@@ -124,7 +121,7 @@ def _no_gradients(tensors: Sequence[Tensor | None]) -> list[None] | None:
 def _differentiate(ctx: Any, d_ys: Sequence[Tensor | None], _d_ss: Any) -> tuple[Any, ...]:
     d_x, d_as, d_bs = _gradients(_backward, ctx, d_ys)
     ws, w_scales, biases, seeds = ctx.no_gradients
-    return d_x, ws, w_scales, biases, d_as, d_bs, None, None, seeds
+    return d_x, ws, w_scales, biases, d_as, d_bs, None, None, seeds, None
 
 
 torch.library.register_autograd("fastlora::lora_linear_group", _differentiate, setup_context=_setup)
@@ -134,11 +131,13 @@ class _Eager(torch.autograd.Function):
     """The same operator without the dispatcher, as in `linear`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: Sequence[float], ps: Sequence[float], *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, scales: Sequence[float], ps: Sequence[float], threshold: float | None, *tensors: Any
+    ) -> tuple[Tensor, ...]:
         count = len(scales)
         lists = tuple(tensors[i : i + count] for i in range(0, LISTS * count, count))
         ws, w_scales, biases, a_s, b_s, seeds = lists
-        ys, ss = _run("lora_linear_group", x, a_s, x, ws, w_scales, biases, a_s, b_s, scales, ps, seeds)
+        ys, ss = _run("lora_linear_group", x, a_s, x, ws, w_scales, biases, a_s, b_s, scales, ps, seeds, threshold)
         ctx.set_materialize_grads(False)
         _save(ctx, x, lists, scales, ps, ss)
         return tuple(ys)
@@ -151,9 +150,9 @@ class _Eager(torch.autograd.Function):
 
         count = len(d_ys)
         if all(d_y is None for d_y in d_ys):
-            return (None,) * (3 + LISTS * count)
+            return (None,) * (4 + LISTS * count)
         d_x, d_as, d_bs = _gradients(run, ctx, d_ys)
-        return d_x, None, None, *[None] * (3 * count), *d_as, *d_bs, *[None] * count
+        return d_x, None, None, None, *[None] * (3 * count), *d_as, *d_bs, *[None] * count
 
 
 def lora_linear_group(
@@ -166,6 +165,7 @@ def lora_linear_group(
     scales: Sequence[float],
     ps: Sequence[float],
     seeds: Sequence[Tensor | None],
+    threshold: float | None = None,
 ) -> list[Tensor]:
     """`lora_linear` of every layer on one x, differentiable in x, a_s and b_s.
 
@@ -177,14 +177,16 @@ def lora_linear_group(
     """
     for layer in zip(ws, w_scales, a_s, b_s, ps, seeds, strict=True):
         check_linear(x, *layer)
+    check_threshold(threshold)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if not is_plain(x, *ws, *a_s):
         check_local(x, *ws, *a_s)
-        ys, _ = _forward(flat, ws, w_scales, biases, a_s, b_s, scales, ps, seeds)
+        ys, _ = _forward(flat, ws, w_scales, biases, a_s, b_s, scales, ps, seeds, threshold)
     elif torch.is_grad_enabled() and any(t.requires_grad for t in (x, *a_s, *b_s)):
-        ys = _Eager.apply(flat, scales, ps, *ws, *w_scales, *biases, *a_s, *b_s, *seeds)
+        ys = _Eager.apply(flat, scales, ps, threshold, *ws, *w_scales, *biases, *a_s, *b_s, *seeds)
     else:
-        ys, _ = _run("lora_linear_group", flat, a_s, flat, ws, w_scales, biases, a_s, b_s, scales, ps, seeds)
+        inputs = flat, ws, w_scales, biases, a_s, b_s, scales, ps, seeds, threshold
+        ys, _ = _run("lora_linear_group", flat, a_s, *inputs)
     if x.dim() == 2:
         return list(ys)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]

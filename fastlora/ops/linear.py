@@ -14,21 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .dispatch import implementation
+from .dispatch import run
 from .dtensor import check_local
 
 
 def _run(name: str, a: Tensor | None, *inputs: Any) -> Any:
-    """Calls a function of the room that computes for the first input at the rank of `a`.
-
-    Autocast is off meanwhile: a room chooses the dtype of each product itself.
-    """
-    function = getattr(implementation(inputs[0], 0 if a is None else a.shape[0]), name)
-    device = inputs[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return function(*inputs)
-    with torch.autocast(device, enabled=False):
-        return function(*inputs)
+    """Calls a function of the room that computes for the first input at the rank of `a`."""
+    return run(name, inputs[0], 0 if a is None else a.shape[0], *inputs)
 
 
 @torch.library.custom_op("fastlora::lora_linear", mutates_args=())
@@ -42,12 +34,13 @@ def _forward(
     scale: float,
     p: float,
     seed: Tensor | None,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _run("lora_linear", a, x, w, w_scale, bias, a, b, scale, p, seed)
+    return _run("lora_linear", a, x, w, w_scale, bias, a, b, scale, p, seed, threshold)
 
 
 @_forward.register_fake
-def _forward_fake(x, w, w_scale, bias, a, b, scale, p, seed):
+def _forward_fake(x, w, w_scale, bias, a, b, scale, p, seed, threshold=None):
     return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], 0 if a is None else a.shape[0])
 
 
@@ -80,7 +73,7 @@ def _backward_fake(d_y, x, s, w, w_scale, a, b, scale, p, seed, needs_x, needs_a
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, w, w_scale, _, a, b, ctx.scale, ctx.p, seed = inputs
+    x, w, w_scale, _, a, b, ctx.scale, ctx.p, seed, _ = inputs
     needs_x, _, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
     ctx.needs = needs_x, needs_a, needs_b
     ctx.save_for_backward(x if needs_a else None, output[1] if needs_b else None, w, w_scale, a, b, seed)
@@ -97,7 +90,7 @@ def _gradients(backward: Callable, ctx: Any, saved: tuple, d_y: Tensor) -> tuple
     d_x, d_a, d_b = backward(d_y, x, s, w, w_scale, a, b, ctx.scale, ctx.p, seed, needs_x, needs_a, needs_b)
     return (
         d_x if needs_x else None, None, None, None, d_a if needs_a else None, d_b if needs_b else None,
-        None, None, None,
+        None, None, None, None,
     )  # fmt: skip
 
 
@@ -147,6 +140,7 @@ def lora_linear(
     scale: float = 1.0,
     p: float = 0.0,
     seed: Tensor | None = None,
+    threshold: float | None = None,
 ) -> Tensor:
     """`y = x W^T + bias + scale * ((x * mask / (1 - p)) A^T) B^T`, differentiable in x, a and b.
 
@@ -154,13 +148,14 @@ def lora_linear(
     A trainable bias is for the caller to add.
 
     Raises:
-        ValueError: shapes do not fit, a and b are not given together, p is outside [0, 1), or there is no seed
-            for p > 0.
+        ValueError: shapes do not fit, a and b are not given together, p is outside [0, 1), there is no seed
+            for p > 0, or threshold is not above 0.
         TypeError: an int8 w without w_scale, or w_scale with a dense w, or a DTensor.
     """
     check_linear(x, w, w_scale, a, b, p, seed)
+    check_threshold(threshold)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    inputs = (flat, w, w_scale, bias, a, b, scale, p, seed)
+    inputs = (flat, w, w_scale, bias, a, b, scale, p, seed, threshold)
     if not is_plain(x, w, a):
         check_local(x, w, a)
         y, _ = _forward(*inputs)
@@ -189,3 +184,8 @@ def check_linear(
         raise ValueError(f"p: expected 0 <= p < 1, found {p}")
     if p > 0 and a is not None and seed is None:
         raise ValueError("seed: expected one int64 where p > 0, found None")
+
+
+def check_threshold(threshold: float | None) -> None:
+    if threshold is not None and not threshold > 0:
+        raise ValueError(f"threshold: expected None or a number above 0, found {threshold}")

@@ -65,7 +65,7 @@ class Prepared:
 
     @property
     def lora(self) -> fastlora.LoraConfig:
-        chosen = self.settings.lora.model_dump(exclude={"r", "targets", "alpha", "dropout", "quantize"})
+        chosen = self.settings.lora.model_dump(exclude={"r", "targets", "alpha", "dropout", "quantize", "compute"})
         lora = self.settings.lora
         return fastlora.LoraConfig(
             r=lora.r, target_modules=lora.targets, lora_alpha=lora.r if lora.alpha is None else lora.alpha,

@@ -50,6 +50,7 @@ class Lora(Section):
     alpha: float | None = Field(default=None, description="null: r")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="of the low-rank part's input")
     quantize: Literal["int8"] | None = Field(default=None, description="how the targets' frozen weights are stored")
+    compute: Literal["int8"] | None = Field(default=None, description="int8 quantises their inputs, too")
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | None = None

@@ -23,7 +23,7 @@ def make_trainer(prepared: Prepared, console: Console) -> tuple[Trainer, nn.Modu
     settings = prepared.settings
     model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=prepared.dtype)
     torch.manual_seed(settings.training.seed)
-    fastlora.patch(model, config=prepared.lora, quantize=settings.lora.quantize)
+    fastlora.patch(model, config=prepared.lora, quantize=settings.lora.quantize, compute=settings.lora.compute)
     model.config.use_cache = False
     trainer = Trainer(
         model=model,

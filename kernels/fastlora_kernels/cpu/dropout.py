@@ -20,9 +20,9 @@ def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     return keep_bits(seed, M, K, p) != 0
 
 
-def keep_bits(seed: Tensor, M: int, K: int, p: float) -> Tensor:
-    """int16 `[M, K]`: all bits set where the element is kept, none where it is dropped."""
-    words = _hashed_words(seed, M, (K + 1) // 2)
+def keep_bits(seed: Tensor, M: int, K: int, p: float, first: int = 0) -> Tensor:
+    """int16 `[M, K]`, from row `first` on: all bits set where the element is kept, none where it is dropped."""
+    words = _hashed_words(seed, M, (K + 1) // 2, first)
     # Both lanes of a word at once: adding 2**15 - threshold carries a kept lane into its sign bit, never beyond it.
     carry = (1 << LANE_BITS) - drop_threshold(p)
     words.bitwise_and_(LANE_MASK * 0x10001).add_(_wrap(carry * 0x10001))
@@ -30,11 +30,12 @@ def keep_bits(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     return words.view(torch.int16).bitwise_right_shift_(15)[:, :K]
 
 
-def _hashed_words(seed: Tensor, M: int, words_per_row: int) -> Tensor:
-    """The reference's hash of the words `[M, words_per_row]`, in as few passes as torch allows."""
+def _hashed_words(seed: Tensor, M: int, words_per_row: int, first: int) -> Tensor:
+    """The reference's hash of the words `[M, words_per_row]` from row `first` on, in as few passes as torch allows."""
     key_1, key_2 = _keys(int(seed))
     # The first multiplication is linear in row and column, so it takes place before they are broadcast.
-    rows = _wrapped_multiples(words_per_row * HASH_MULTIPLIER_1, M, key_1)
+    step = words_per_row * HASH_MULTIPLIER_1
+    rows = _wrapped_multiples(step, M, _wrap(key_1 + first * step))
     words = rows[:, None] + _wrapped_multiples(HASH_MULTIPLIER_1, words_per_row, 0)
     shifted = torch.bitwise_right_shift(words, 15)
     words.bitwise_xor_(shifted)

@@ -6,6 +6,7 @@ The low-rank products stay one per layer: stacking A first was measured to cost 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -23,10 +24,12 @@ def lora_linear_group(
     scales: Sequence[float],
     ps: Sequence[float],
     seeds: Sequence[Tensor | None],
+    threshold: float | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     wide = as_dtype(x, product_dtype(x.dtype))
     layers = zip(ws, w_scales, biases, a_s, b_s, scales, ps, seeds, strict=True)
-    results = [layer(x, wide, *inputs) for inputs in layers]
+    compute = partial(layer, threshold=threshold)
+    results = [compute(x, wide, *inputs) for inputs in layers]
     return [y for y, _ in results], [s for _, s in results]
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
 from .dropout import drop_, dropped, keep_bits
 from .plan import FEW_TOKENS, product_dtype
 
@@ -34,8 +35,9 @@ def lora_linear(
     scale: float,
     p: float,
     seed: Tensor | None,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return layer(x, as_dtype(x, product_dtype(x.dtype)), w, w_scale, bias, a, b, scale, p, seed)
+    return layer(x, as_dtype(x, product_dtype(x.dtype)), w, w_scale, bias, a, b, scale, p, seed, threshold)
 
 
 def layer(
@@ -49,10 +51,14 @@ def layer(
     scale: float,
     p: float,
     seed: Tensor | None,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`lora_linear` where `wide` is x in the dtype of products."""
     dtype = x.dtype
-    y = frozen(x, wide, w, w_scale, bias)
+    if threshold is not None and w_scale is not None and x.shape[0] > reference.FEW_TOKENS:
+        y = quantized(x, wide.dtype, w, w_scale, bias, threshold)
+    else:
+        y = frozen(x, wide, w, w_scale, bias)
     if a is None or b is None:
         return as_dtype(y, dtype), x.new_empty(x.shape[0], 0)
     if x.shape[0] <= FEW_TOKENS:
@@ -82,6 +88,23 @@ def frozen(x: Tensor, wide: Tensor, w: Tensor, w_scale: Tensor | None, bias: Ten
     else:
         y = F.linear(wide, _cast(w, wide.dtype)).mul_(w_scale)
     return y if bias is None else y.add_(bias)
+
+
+def quantized(
+    x: Tensor, dtype: torch.dtype, w: Tensor, w_scale: Tensor, bias: Tensor | None, threshold: float
+) -> Tensor:
+    """`reference.int8_product` and the bias in `dtype`.
+
+    The codes are exact there, and faster than `_int_mm`: 6 against 19 ms in bfloat16 on AMX, and on AVX2, where that
+    multiplies in scalar loops, 19 against 577 ms in float32, for 512 tokens.
+    """
+    q, x_scale, outliers = reference.quantize_tokens(x, threshold)
+    y = F.linear(q.to(dtype), _cast(w, dtype)).float().mul_(x_scale[:, None])
+    columns = outliers.any(dim=0).nonzero().flatten()
+    if columns.numel():
+        y.addmm_(outliers[:, columns].float(), w[:, columns].float().T)
+    y.mul_(w_scale)
+    return as_dtype(y if bias is None else y.add_(bias), dtype)
 
 
 def lora_linear_backward(

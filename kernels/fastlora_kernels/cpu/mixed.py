@@ -27,20 +27,23 @@ def lora_linear_mixed(
     ranks: Sequence[int],
     scales: Sequence[float],
     rows: Tensor,
-    p: float,
+    ps: Sequence[float],
     seed: Tensor | None,
-) -> Tensor:
-    M, K = x.shape
-    wide = as_dtype(x, product_dtype(x.dtype))
+) -> tuple[Tensor, Tensor]:
+    M, dtype = x.shape[0], x.dtype
+    wide = as_dtype(x, product_dtype(dtype))
     y = frozen(x, wide, w, w_scale, bias)
     if M <= FEW_TOKENS:
         wide, y = as_dtype(wide, torch.float32), as_dtype(y, torch.float32)
-    if p > 0 and seed is not None:
-        wide = dropped(wide, keep_bits(seed, M, K, p))
+    all_s = torch.zeros(M, max(ranks), dtype=dtype)
     for adapter, tokens, part in _runs(rows, ranks, M):
-        s = F.linear(wide[tokens], as_dtype(a[part] / (1 - p), wide.dtype))
+        own, own_a, keep = wide[tokens], a[part], _keep(seed, tokens, x.shape[1], ps[adapter])
+        if keep is not None:
+            own, own_a = dropped(own, keep), own_a / (1 - ps[adapter])
+        s = F.linear(own, as_dtype(own_a, wide.dtype))
         y[tokens].addmm_(s, as_dtype(b[:, part], wide.dtype).T, alpha=scales[adapter])
-    return as_dtype(y, x.dtype)
+        all_s[tokens, : ranks[adapter]] = s
+    return as_dtype(y, dtype), all_s
 
 
 def _runs(rows: Tensor, ranks: Sequence[int], tokens: int) -> Iterator[tuple[int, slice, slice]]:
@@ -54,9 +57,15 @@ def _runs(rows: Tensor, ranks: Sequence[int], tokens: int) -> Iterator[tuple[int
         first = last
 
 
+def _keep(seed: Tensor | None, tokens: slice, K: int, p: float) -> Tensor | None:
+    """The mask of a run of tokens, as `keep_bits` has it; None without dropout."""
+    return None if p == 0 or seed is None else keep_bits(seed, tokens.stop - tokens.start, K, p, tokens.start)
+
+
 def lora_linear_mixed_backward(
     d_y: Tensor,
     x: Tensor | None,
+    s: Tensor | None,
     w: Tensor,
     w_scale: Tensor | None,
     a: Tensor,
@@ -64,7 +73,7 @@ def lora_linear_mixed_backward(
     ranks: Sequence[int],
     scales: Sequence[float],
     rows: Tensor,
-    p: float,
+    ps: Sequence[float],
     seed: Tensor | None,
     needs_x: bool,
     needs_a: bool,
@@ -75,18 +84,19 @@ def lora_linear_mixed_backward(
     d_x, _, _ = gradients(d_y, None, None, None, w, w_scale, None, None, 1.0, 0.0, None, needs_x, False, False)
     d_a = torch.zeros(a.shape if needs_a else 0, dtype=wide)
     d_b = torch.zeros(b.shape if needs_b else 0, dtype=wide)
-    keep = keep_bits(seed, M, w.shape[1], p) if p > 0 and seed is not None else None
-    if x is not None:
-        x = as_dtype(x, wide) if keep is None else dropped(as_dtype(x, wide), keep)
     for adapter, tokens, part in _runs(rows, ranks, M):
-        own_a, own_b = a[part] / (1 - p), as_dtype(b[:, part], wide)
-        if needs_b and x is not None:
-            d_b[:, part] += scales[adapter] * (d_y[tokens].T @ F.linear(x[tokens], as_dtype(own_a, wide)))
-        d_s = scales[adapter] * (d_y[tokens] @ own_b)
+        scale, p, own_d_y = scales[adapter], ps[adapter], d_y[tokens]
+        if needs_b and s is not None:
+            d_b[:, part] += scale * (own_d_y.T @ as_dtype(s[tokens, : ranks[adapter]], wide))
+        if not (needs_x or needs_a):
+            continue
+        d_s = own_d_y @ as_dtype(scale / (1 - p) * b[:, part], wide)
+        keep = _keep(seed, tokens, w.shape[1], p)
         if needs_a and x is not None:
-            d_a[part] += d_s.T @ x[tokens] / (1 - p)
+            own_x = as_dtype(x[tokens], wide)
+            d_a[part] += d_s.T @ (own_x if keep is None else dropped(own_x, keep))
         if d_x is not None:
-            added = d_s @ as_dtype(own_a, wide)
-            d_x[tokens] += added if keep is None else drop_(added, keep[tokens])
+            added = d_s @ as_dtype(a[part], wide)
+            d_x[tokens] += added if keep is None else drop_(added, keep)
     d_x = w.new_empty(0, dtype=narrow) if d_x is None else as_dtype(d_x, narrow)
     return d_x, as_dtype(d_a, a.dtype), as_dtype(d_b, b.dtype)

@@ -20,27 +20,35 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..reference import FEW_TOKENS
 from .candidates import candidates, side_candidates
-from .cost import meta_launches
+from .cost import meta_launches, mixed_meta_launches
 from .dropout import dropout_mask_launch
 from .launch import Launch
 from .merge import merge_rows_launch
 from .plan import Plan, choose_plan, side_tile
 from .quantize import quantize_rows_launch
 from .side import meta_operands, side_launch
+from .tables import LINEAR_OPS
 from .tiles import SIDE_OPS, spread
 
 # Bytes of shared memory that one block may have (CUDA C programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-WEIGHT_KERNELS = {"linear", "decode", "input_gradient"}
+WEIGHT_KERNELS = {"linear", "decode", "input_gradient", "int8_linear"}
 # Integers that are no constexprs: their value does not change what is compiled.
-RUN_TIME = {"M", "N", "K", "R", "C", "threshold", "k_per_split", "slice_tokens"}
+RUN_TIME = {"M", "N", "K", "R", "C", "B", "E", "threshold", "k_per_split", "slice_tokens", "row_tokens"}
 FEATURES = 4096
 TOKENS = (1, 64, 512, 8192)
 # Rank and dropout: the frozen layer alone, every padded rank that has tiles of its own, dropout off and on.
 ADAPTERS = ((0, 0.0), (16, 0.0), (16, 0.1), (64, 0.0), (256, 0.1))
 # Rows of A in a group: gate and up, and q, k and v of a small and of a large rank.
 GROUPED = ((32, 0.1), (48, 0.1), (192, 0.1))
+
+# Tokens, rows, and rank of eight adapters in a mixed batch: long and short rows in each size of tile.
+MIXES = (
+    (16, 16, 16), (16, 16, 64), (64, 64, 16), (64, 8, 64), (512, 8, 16), (512, 128, 16), (512, 8, 256), (8192, 8, 16),
+    (8192, 8, 256), (8192, 512, 16),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,8 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 def _matrix_instruction(ptx: str) -> str:
     if lefts := re.findall(r"wgmma\.mma_async\S*\s*\{[^}]*\},\s*(\{?)", ptx):
+        if "s32.s8.s8" in ptx:
+            return "wgmma, int8"
         return "wgmma, left in registers" if all(lefts) else "wgmma"
     if "tcgen05.mma" in ptx:
         return "tcgen05"
@@ -117,7 +127,9 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def linear_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     """What the chosen plans launch over the sizes, and on Hopper what the candidates for tuning would."""
-    for op, tokens, int8, (rank, p) in product(("forward", "backward"), TOKENS, (False, True), ADAPTERS):
+    for op, tokens, int8, (rank, p) in product(LINEAR_OPS, TOKENS, (False, True), ADAPTERS):
+        if op == "int8" and (not int8 or tokens <= FEW_TOKENS):
+            continue
         size = tokens, FEATURES, FEATURES, rank, int8, p, op
         plans = [choose_plan(arch, dtype, *size)]
         if arch == 90 and dtype == torch.bfloat16 and rank in (16, 64):
@@ -132,16 +144,31 @@ def _named(
     """The launches of one plan, each with the kernel's name and what it works on."""
     launches = meta_launches(plan, arch, dtype, tokens, FEATURES, FEATURES, rank, int8, p, op, bias=p > 0)
     for launch in launches:
-        kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
-        weight = launch.arguments.get("w_scale_ptr")
-        of = "" if "w_scale_ptr" not in launch.arguments else "dense " if weight is None else "int8 "
-        yield f"{kernel} {of}{op} {plan.kind} M={tokens} r={rank} p={p} {_tile(plan)}", launch
+        yield f"{_kernel(launch)}{op} {plan.kind} M={tokens} r={rank} p={p} {_tile(plan)}", launch
+
+
+def _kernel(launch: Launch) -> str:
+    """Its name, and what its weight is where it takes one; ends with a space."""
+    kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+    if "w_scale_ptr" not in launch.arguments:
+        return f"{kernel} "
+    return f"{kernel} {'dense' if launch.arguments['w_scale_ptr'] is None else 'int8'} "
 
 
 def _tile(plan: Plan) -> str:
     tile, words = plan.tile, " tma" if plan.tile.tma else ""
     words += " persistent" if tile.persistent else ""
     return f"{tile.block_m}x{tile.block_n}x{tile.block_c} {tile.num_warps} warps {tile.num_stages} stages{words}"
+
+
+def mixed_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    """What batches of several adapters launch."""
+    for op, (tokens, rows, rank), int8, p in product(("forward", "backward"), MIXES, (False, True), (0.0, 0.1)):
+        size = tokens, FEATURES, FEATURES, [rank] * 8, rows, int8, p, op
+        plan, launches = mixed_meta_launches(arch, dtype, *size)
+        for launch in launches:
+            name = f"{_kernel(launch)}{op} mixed {plan.kind} M={tokens} rows={rows} r=8x{rank} p={p} {_tile(plan)}"
+            yield name, launch
 
 
 def side_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
@@ -174,7 +201,8 @@ def weight_launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch
 def launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     """Every variant that the plans of `dtype` launch on sm_`arch`, by name, each once."""
     seen = set()
-    for name, launch in (*linear_launches(arch, dtype), *side_launches(arch, dtype), *weight_launches(arch, dtype)):
+    every = linear_launches, mixed_launches, side_launches, weight_launches
+    for name, launch in (made for launches_of in every for made in launches_of(arch, dtype)):
         if (variant := specialisation(launch)) not in seen:
             seen.add(variant)
             yield name, launch

@@ -1,7 +1,7 @@
 """A LoRA linear for a few tokens in one launch: the weight streams once, several programs share the features.
 
 Each program adds its own features' share of the low-rank part, which is linear in x, and stores a float32 part; the
-last to arrive at a tile adds the parts in a fixed order.
+last to arrive at a tile adds the parts in a fixed order. Where s is given, programs share its ranks instead.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from torch import Tensor
 from ..reference import drop_threshold
 from .descriptors import described
 from .jit import convert, dot, load_tile, store_tile
-from .launch import Launch, next_block, operand
+from .launch import Launch, cdiv, next_block, operand
 from .linear import products
+from .low_rank import low_rank, of_owner
+from .owners import Owners, mixed_arguments, rank_span, token_owners
 from .partial import arrives_last, counters, sum_of_parts
 from .tiles import Tile
 
@@ -33,8 +35,10 @@ def _decode_kernel(
     y_part_ptr, s_part_ptr,  # [splits, N, M] and [splits, R, M] float32
     counter_ptr,  # [tiles of N] int32
     seed_ptr,  # [1] int64 or None
-    scale, inverse_keep, threshold, M, N, K, R, k_per_split,
-    SPLITS: tl.constexpr, TMA: tl.constexpr,
+    rows_ptr, first_ptr,  # [B] and [E + 2] where rows of the batch have adapters of their own, else None
+    scale,  # a number, or [E + 1]
+    inverse_keep, threshold, M, N, K, R, E, row_tokens, k_per_split,
+    RANK_SPAN: tl.constexpr, SPLITS: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     dtype = y_ptr.dtype.element_ty
@@ -56,6 +60,16 @@ def _decode_kernel(
         b = load_tile(b_ptr, stride_bn, stride_br, first_n, 0, N, R, BLOCK_N, BLOCK_R, False)
         zero = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         y_sum += scale * dot(convert(b, dtype), convert(s_sum, dtype), zero)
+    elif s_ptr is not None:
+        owner = None
+        if rows_ptr is not None:
+            owner = token_owners(rows_ptr, 0, M, E, row_tokens, BLOCK_M)
+        added = low_rank(
+            b_ptr, stride_bn, stride_br, s_ptr, stride_sm, stride_sr, first_ptr, owner,
+            tl.zeros((BLOCK_N, BLOCK_M), tl.float32), first_n, 0, split, N, M, R, dtype, RANK_SPAN, SPLITS,
+            BLOCK_N, BLOCK_M, BLOCK_R,
+        )  # fmt: skip
+        y_sum += added * of_owner(scale, owner, first_ptr)
     last = True
     if SPLITS > 1:
         inside, inside_s = mask_n[:, None] & mask_m[None, :], mask_r[:, None] & mask_m[None, :]
@@ -83,19 +97,21 @@ def _decode_kernel(
 def decode_launch(
     x: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, a: Tensor | None, b: Tensor | None,
     s: Tensor | None, scale: float, p: float, seed: Tensor | None, y: Tensor, arch: int | None, tile: Tile,
+    owners: Owners | None = None,
 ) -> Launch:  # fmt: skip
-    """`s` is written where there is an adapter.
+    """`s` is read where `a` is None, and written where it is not; the low-rank part needs `b` and `s`.
 
     Raises:
         ValueError: more tokens than one tile holds.
     """
     if x.shape[0] > tile.block_m:
         raise ValueError(f"x: expected up to {tile.block_m} tokens for a decode plan, found {x.shape[0]}")
-    (M, K), N, R = x.shape, w.shape[0], 0 if a is None else a.shape[0]
-    tiles, split = triton.cdiv(N, tile.block_n), tile.splits > 1
+    (M, K), N, R = x.shape, w.shape[0], 0 if s is None else s.shape[1]
+    block_r = next_block(R) if owners is None else owners.block_r
+    tiles, split = cdiv(N, tile.block_n), tile.splits > 1
     x_ref, w_ref, tma = described(tile, arch, x, (tile.block_m, tile.block_c), w, (tile.block_n, tile.block_c))
-    parts = [torch.empty(tile.splits, rows, M, dtype=torch.float32, device=x.device) for rows in (N, R) if split]
-    y_part, s_part = parts or (None, None)
+    y_part = torch.empty(tile.splits, N, M, dtype=torch.float32, device=x.device) if split else None
+    s_part = torch.empty(tile.splits, R, M, dtype=torch.float32, device=x.device) if split and a is not None else None
     return Launch(
         _decode_kernel,
         (tiles, tile.splits),
@@ -104,11 +120,13 @@ def decode_launch(
             w_ref=w_ref, stride_wn=w.stride(0), stride_wk=w.stride(1), w_scale_ptr=w_scale, bias_ptr=bias,
             **operand("a", a, "rk"), **operand("b", b, "nr"), **operand("s", s, "mr"), **operand("y", y, "mn"),
             y_part_ptr=y_part, s_part_ptr=s_part, counter_ptr=counters(tiles, x.device) if split else None,
-            seed_ptr=seed if p > 0 else None, scale=float(scale), inverse_keep=1.0 / (1.0 - p),
+            seed_ptr=seed if p > 0 else None, **mixed_arguments(owners),
+            scale=float(scale) if owners is None else owners.adapters.scale, inverse_keep=1.0 / (1.0 - p),
             threshold=drop_threshold(p), M=M, N=N, K=K, R=R,
-            k_per_split=triton.cdiv(triton.cdiv(K, tile.block_c), tile.splits) * tile.block_c,
-            SPLITS=tile.splits, TMA=tma, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_c,
-            BLOCK_R=next_block(R), num_warps=tile.num_warps, num_stages=tile.num_stages,
+            k_per_split=cdiv(cdiv(K, tile.block_c), tile.splits) * tile.block_c,
+            RANK_SPAN=rank_span(R, block_r, owners), SPLITS=tile.splits, TMA=tma,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_c, BLOCK_R=block_r,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
-        flops=2 * M * (N * K + tile.splits * N * R + tiles * K * R),
+        flops=2 * M * (N * K + (N * R if a is None else tile.splits * N * R + tiles * K * R)),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference import drop_threshold
 from .jit import dropout_keys, keep_mask
-from .launch import Launch
+from .launch import Launch, cdiv
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def dropout_mask_launch(seed: Tensor, mask: Tensor, p: float) -> Launch:
     block_m, block_k = 16, 128
     return Launch(
         _dropout_mask_kernel,
-        (triton.cdiv(M, block_m), triton.cdiv(K, block_k)),
+        (cdiv(M, block_m), cdiv(K, block_k)),
         dict(
             seed_ptr=seed, mask_ptr=mask, stride_mm=mask.stride(0), threshold=drop_threshold(p), M=M, K=K,
             BLOCK_M=block_m, BLOCK_K=block_k, num_warps=4,

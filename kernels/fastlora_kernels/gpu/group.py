@@ -7,20 +7,23 @@ per layer, and multiplies by that layer's rows of A; the other rows count as zer
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import drop_threshold
+from ..reference import FEW_TOKENS, drop_threshold
 from .checks import check_operands
+from .int8_linear import int8_expand
 from .jit import convert, dot, dropout_keys, keep_mask, load_tile
-from .launch import Launch, device_arch, device_name, next_block, operand
+from .launch import Launch, cdiv, device_arch, device_name, next_block, operand
 from .lora_linear import lora_linear, planned_expand
 from .lora_linear_backward import planned_backward
 from .partial import counters, store_sum
 from .plan import Plan, choose_plan, side_tile
+from .quantize_shrink import quantize_shrink
 from .shrink import shrink
 from .tiles import MAX_RANK, Tile
 
@@ -69,7 +72,7 @@ def group_shrink_launch(
     """`a` is `[layers * R, K]` and `s` `[M, layers * R]`, for as many layers of one rank as there are seeds."""
     (M, K), layers, rows = x.shape, seeds.numel(), a.shape[0]
     tile = tile or side_tile("group_shrink", arch, x.dtype, M, K, rows, p, device_name(x.device))
-    tiles, split = triton.cdiv(M, tile.block_m), tile.splits > 1
+    tiles, split = cdiv(M, tile.block_m), tile.splits > 1
     part = torch.empty(tile.splits, M, rows, dtype=torch.float32, device=x.device) if split else None
     return Launch(
         _group_shrink_kernel,
@@ -78,7 +81,7 @@ def group_shrink_launch(
             **operand("x", x, "mk"), **operand("a", a, "rk"), **operand("s", s, "mr"),
             part_ptr=part, stride_part=M * rows, counter_ptr=counters(tiles, x.device) if split else None,
             seeds_ptr=seeds, scale=1.0 / (1.0 - p), threshold=drop_threshold(p), M=M, K=K, R=rows // layers,
-            k_per_split=triton.cdiv(triton.cdiv(K, tile.block_c), tile.splits) * tile.block_c,
+            k_per_split=cdiv(cdiv(K, tile.block_c), tile.splits) * tile.block_c,
             LAYERS=layers, SPLITS=tile.splits, BLOCK_M=tile.block_m, BLOCK_K=tile.block_c, BLOCK_R=next_block(rows),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
@@ -96,9 +99,12 @@ def lora_linear_group(
     scales: Sequence[float],
     ps: Sequence[float],
     seeds: Sequence[Tensor | None],
+    threshold: float | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The contract is in `reference.lora_linear_group`. Ranks up to 256."""
     layers = list(zip(ws, w_scales, biases, a_s, b_s, scales, ps, seeds, strict=True))
+    if threshold is not None:
+        return _int8_group(x, layers, threshold)
     plans = [_plan("forward", x, w, w_scale, a, p) for w, w_scale, _, a, _, _, p, _ in layers]
     one_launch = any(plan.kind in ("decode", "fused") for plan in plans)
     if one_launch or len(set(ps)) > 1 or sum(a.shape[0] for a in a_s) > MAX_RANK:
@@ -109,6 +115,27 @@ def lora_linear_group(
     ss = _shrink_all(x, a_s, ps[0], seeds)
     given = zip(plans, ws, w_scales, biases, ss, b_s, scales, strict=True)
     return [planned_expand(plan, x, *layer) for plan, *layer in given], ss
+
+
+def _int8_group(x: Tensor, layers: list[tuple], threshold: float) -> tuple[list[Tensor], list[Tensor]]:
+    """The layers with one set of codes of x, where they are int8 and there are tokens enough."""
+    ws, w_scales, biases, a_s, b_s, scales, ps, seeds = zip(*layers, strict=True)
+    if x.shape[0] <= FEW_TOKENS or None in w_scales or len(set(ps)) > 1 or sum(a.shape[0] for a in a_s) > MAX_RANK:
+        compute = partial(lora_linear, threshold=threshold)
+        results = [compute(x, *layer) for layer in layers]
+        return [y for y, _ in results], [s for _, s in results]
+    for w, w_scale, bias, a, b, _, _, seed in layers:
+        check_operands(x, w, w_scale, a, b, bias=bias, seed=seed)
+    if ps[0] == 0:
+        codes, s = quantize_shrink(x, torch.cat(a_s), 0.0, None, threshold)
+        ss = _parted(s, [a.shape[0] for a in a_s])
+    else:
+        codes, _ = quantize_shrink(x, None, 0.0, None, threshold)
+        ss = _shrink_all(x, a_s, ps[0], seeds)
+    tiles = [_plan("int8", x, w, w_scale, a, p).tile for w, w_scale, _, a, _, _, p, _ in layers]
+    given = zip(tiles, ws, w_scales, biases, ss, b_s, scales, strict=True)
+    expand = partial(int8_expand, threshold=threshold)
+    return [expand(tile, x, codes, *layer) for tile, *layer in given], ss
 
 
 def _plan(which: str, x: Tensor, w: Tensor, w_scale: Tensor | None, a: Tensor, p: float) -> Plan:
@@ -129,7 +156,11 @@ def _shrink_all(x: Tensor, a_s: Sequence[Tensor], p: float, seeds: Sequence[Tens
         group_shrink_launch(x, torch.cat(list(a_s)), p, all_seeds, s, device_arch(x.device)).run(x.device)
     else:
         return [shrink(x, a, p, seed) for a, seed in zip(a_s, seeds, strict=True)]
-    # Copies, so that each layer's s can be kept, and freed, by itself.
+    return _parted(s, ranks)
+
+
+def _parted(s: Tensor, ranks: list[int]) -> list[Tensor]:
+    """Copies, so that each layer's s can be kept, and freed, by itself."""
     return [part.contiguous() for part in s.split(ranks, dim=1)]
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 
@@ -78,9 +77,15 @@ def device_name(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
+# Triton's own functions for these two take as long as a small kernel, for what they do within one.
+def cdiv(size: int, step: int) -> int:
+    """How many steps cover `size`."""
+    return -(-size // step)
+
+
 def next_block(size: int, smallest: int = 16) -> int:
     """The power of two, at least `smallest`, that holds `size`."""
-    return max(smallest, triton.next_power_of_2(size))
+    return max(smallest, 1 << max(size - 1, 0).bit_length())
 
 
 def operand(name: str, tensor: Tensor | None, axes: str) -> dict[str, Any]:

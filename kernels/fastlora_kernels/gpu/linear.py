@@ -15,7 +15,9 @@ from torch import Tensor
 from ..reference import drop_threshold
 from .descriptors import described
 from .jit import convert, dot, dropout_keys, keep_mask, load_tile, store_tile, tile_place
-from .launch import Launch, device_arch, next_block, operand
+from .launch import Launch, cdiv, device_arch, next_block, operand
+from .low_rank import low_rank, of_owner
+from .owners import Owners, mixed_arguments, rank_span, token_owners
 from .tiles import MAX_BLOCK_R, Tile, linear_tile, programs
 
 
@@ -58,7 +60,9 @@ def _linear_kernel(
     s_ptr, stride_sm, stride_sr,  # [M, R]
     y_ptr, stride_ym, stride_yn,  # [M, N]
     seed_ptr,  # [1] int64 or None
-    scale, inverse_keep, threshold, M, N, K, R,
+    rows_ptr, first_ptr,  # [B] and [E + 2] where rows of the batch have adapters of their own, else None
+    scale,  # a number, or [E + 1]
+    inverse_keep, threshold, M, N, K, R, E, row_tokens,
     RANK_SPAN: tl.constexpr, GIVEN_S: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -74,11 +78,14 @@ def _linear_kernel(
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         s_acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
         if GIVEN_S:
-            for r in tl.range(0, RANK_SPAN, BLOCK_R, num_stages=1):  # no registers for loads ahead
-                s = load_tile(s_ptr, stride_sm, stride_sr, first_m, r, M, R, BLOCK_M, BLOCK_R, False)
-                b = load_tile(b_ptr, stride_bn, stride_br, first_n, r, N, R, BLOCK_N, BLOCK_R, False)
-                acc = dot(convert(b, dtype), tl.trans(s), acc)
-            acc *= scale
+            owner = None
+            if rows_ptr is not None:
+                owner = token_owners(rows_ptr, first_m, M, E, row_tokens, BLOCK_M)
+            acc = low_rank(
+                b_ptr, stride_bn, stride_br, s_ptr, stride_sm, stride_sr, first_ptr, owner, acc, first_n, first_m, 0,
+                N, M, R, dtype, RANK_SPAN, 1, BLOCK_N, BLOCK_M, BLOCK_R,
+            )  # fmt: skip
+            acc *= of_owner(scale, owner, first_ptr)
             if w_scale_ptr is not None:
                 # The end multiplies by w_scale; a row whose scale is 0 holds zeros only.
                 acc = acc / tl.where(w_scale != 0, w_scale, 1.0)[:, None]
@@ -103,33 +110,35 @@ def _linear_kernel(
 def linear_launch(
     x: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, a: Tensor | None, b: Tensor | None,
     s: Tensor | None, scale: float, p: float, seed: Tensor | None, y: Tensor, arch: int | None,
-    tile: Tile | None = None,
+    tile: Tile | None = None, owners: Owners | None = None,
 ) -> Launch:  # fmt: skip
     """`s` is read where `a` is None, and written where it is not; the low-rank part needs `b` and `s`."""
     (M, K), N, R = x.shape, w.shape[0], 0 if s is None else s.shape[1]
     block_r = next_block(R) if a is not None else min(next_block(R), MAX_BLOCK_R)
+    block_r = block_r if owners is None else owners.block_r
     tile = tile or linear_tile(arch, x.element_size(), M, block_r)
     x_ref, w_ref, tma = described(tile, arch, x, (tile.block_m, tile.block_c), w, (tile.block_n, tile.block_c))
     arguments = dict(
         x_ref=x_ref, stride_xm=x.stride(0), stride_xk=x.stride(1),
         w_ref=w_ref, stride_wn=w.stride(0), stride_wk=w.stride(1), w_scale_ptr=w_scale, bias_ptr=bias,
         **operand("a", a, "rk"), **operand("b", b, "nr"), **operand("s", s, "mr"), **operand("y", y, "mn"),
-        seed_ptr=seed if p > 0 else None, scale=float(scale), inverse_keep=1.0 / (1.0 - p),
+        seed_ptr=seed if p > 0 else None, **mixed_arguments(owners),
+        scale=float(scale) if owners is None else owners.adapters.scale, inverse_keep=1.0 / (1.0 - p),
         threshold=drop_threshold(p), M=M, N=N, K=K, R=R,
-        RANK_SPAN=triton.cdiv(R, block_r) * block_r, GIVEN_S=a is None and b is not None,
+        RANK_SPAN=rank_span(R, block_r, owners), GIVEN_S=a is None and b is not None,
         TMA=tma, FLATTEN=tile.persistent and s is None, GROUP=8,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_c, BLOCK_R=block_r,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    tiles_n = triton.cdiv(N, tile.block_n)
+    tiles_n = cdiv(N, tile.block_n)
     shrink_flops = 0 if a is None else 2 * M * K * R * tiles_n
-    grid = programs(tile, triton.cdiv(M, tile.block_m) * tiles_n, x.device)
+    grid = programs(tile, cdiv(M, tile.block_m) * tiles_n, x.device)
     return Launch(_linear_kernel, grid, arguments, flops=2 * M * N * (K + R) + shrink_flops)
 
 
 def expand(
     x: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, s: Tensor | None, b: Tensor | None,
-    scale: float, out: Tensor | None = None, tile: Tile | None = None,
+    scale: float, out: Tensor | None = None, tile: Tile | None = None, owners: Owners | None = None,
 ) -> Tensor:  # fmt: skip
     """`y = x W^T + bias + scale * s B^T` for a given s, in one launch and one accumulator.
 
@@ -142,10 +151,13 @@ def expand(
         scale: the factor of the low-rank part.
         out: `[M, N]` in the dtype of x, any strides, written; None for a new tensor.
         tile: None for a safe one.
+        owners: where rows of the batch have adapters of their own, with ranks side by side in b and from column 0 in
+            s, and scales in place of `scale`.
 
     Returns:
         `[M, N]` in the dtype of x.
     """
     y = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device) if out is None else out
-    linear_launch(x, w, w_scale, bias, None, b, s, scale, 0.0, None, y, device_arch(x.device), tile).run(x.device)
+    arch = device_arch(x.device)
+    linear_launch(x, w, w_scale, bias, None, b, s, scale, 0.0, None, y, arch, tile, owners).run(x.device)
     return y

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..reference import FEW_TOKENS
 from .checks import check_operands
 from .decode import decode_launch
+from .int8_linear import int8_linear
 from .launch import device_arch, device_name
 from .linear import expand, linear_launch
+from .owners import Owners
 from .plan import Plan, choose_plan
 from .scratch import dense_copy
 from .shrink import shrink
@@ -24,6 +27,7 @@ def lora_linear(
     scale: float,
     p: float,
     seed: Tensor | None,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The contract is in `reference.lora_linear`; computed as `choose_plan` says.
 
@@ -34,6 +38,9 @@ def lora_linear(
     check_operands(x, w, w_scale, a, b, bias=bias, seed=seed)
     (M, K), N, R = x.shape, w.shape[0], 0 if a is None else a.shape[0]
     arch, int8 = device_arch(x.device), w_scale is not None
+    if threshold is not None and w_scale is not None and M > FEW_TOKENS:
+        plan = choose_plan(arch, x.dtype, M, N, K, R, int8, p, "int8", device_name(x.device))
+        return int8_linear(plan.tile, x, w, w_scale, bias, a, b, scale, p, seed, threshold)
     plan = choose_plan(arch, x.dtype, M, N, K, R, int8, p, "forward", device_name(x.device))
     return planned_forward(plan, x, w, w_scale, bias, a, b, scale, p, seed)
 
@@ -51,15 +58,19 @@ def planned_forward(
 
 def planned_expand(
     plan: Plan, x: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, s: Tensor | None, b: Tensor | None,
-    scale: float,
+    scale: float, owners: Owners | None = None,
 ) -> Tensor:  # fmt: skip
-    """y for a given s, by a plan that is not one launch."""
+    """y for a given s; a plan whose one launch would compute s, too, takes it as it is."""
+    if plan.kind == "decode":
+        y, arch = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device), device_arch(x.device)
+        decode_launch(x, w, w_scale, bias, None, b, s, scale, 0.0, None, y, arch, plan.tile, owners).run(x.device)
+        return y
     dense = dense_copy(w, w_scale, x.dtype) if plan.kind in ("scratch", "cublas") else None
     if dense is None:
-        return expand(x, w, w_scale, bias, s, b, scale, tile=plan.tile)
+        return expand(x, w, w_scale, bias, s, b, scale, tile=plan.tile, owners=owners)
     if plan.kind == "scratch":
-        return expand(x, dense, None, bias, s, b, scale, tile=plan.tile)
-    return _seeded(x, dense, bias, s, b, scale)
+        return expand(x, dense, None, bias, s, b, scale, tile=plan.tile, owners=owners)
+    return _seeded(x, dense, bias, s, b, scale, owners)
 
 
 def _one_launch(
@@ -74,11 +85,13 @@ def _one_launch(
     return y, s
 
 
-def _seeded(x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+def _seeded(
+    x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor | None, b: Tensor | None, scale: float, owners: Owners | None
+) -> Tensor:
     """The low-rank part and the bias first, onto which PyTorch's own product is added."""
     if s is None and bias is None:
         return x @ w.T
     if s is None:
         return torch.addmm(bias.to(x.dtype), x, w.T)
-    y = expand(x[:, :0], w[:, :0], None, bias, s, b, scale)
+    y = expand(x[:, :0], w[:, :0], None, bias, s, b, scale, owners=owners)
     return y.addmm_(x, w.T)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .jit import convert, dot
-from .launch import Launch
+from .launch import Launch, cdiv
 from .quantize import _INT8_MAX, quantize_tile, through_float16
 from .tiles import merge_tile
 
@@ -89,7 +89,7 @@ def merge_rows_launch(
     tile = merge_tile()
     return Launch(
         _merge_rows_kernel,
-        (triton.cdiv(N, tile.block_n),),
+        (cdiv(N, tile.block_n),),
         dict(
             w_ptr=w, stride_wn=w.stride(0), stride_wk=w.stride(1), w_scale_ptr=w_scale,
             a_ptr=a, stride_ar=a.stride(0), stride_ak=a.stride(1),

@@ -1,48 +1,21 @@
-"""`lora_linear_mixed` and its backward on the kernels of one adapter, with the adapters side by side as if one.
+"""`lora_linear_mixed` and its backward: the launches of one adapter, in which each token's own is taken (`owners`).
 
-s of every adapter comes from one read of x; what is not a token's own is then zeroed, so each row's B alone remains in
-the product that y starts from. Nothing is sorted or gathered, and an index out of range matches no adapter.
+A tile of tokens multiplies by its own adapters alone, so a batch costs what one adapter would, whatever their number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from ..reference.mixed import own_columns
-from .checks import check_rank
-from .input_gradient import input_gradient
-from .linear import expand
+from .checks import check_operands, check_rank
+from .launch import device_arch, device_name
+from .lora_linear import planned_expand
+from .lora_linear_backward import planned_backward
+from .owners import Owners, owners_of
+from .plan import Plan, choose_plan
 from .shrink import shrink
-from .tiles import MAX_RANK
-from .token_reduce import token_reduce
-
-
-def _parts(ranks: Sequence[int]) -> list[slice]:
-    """The ranks in pieces that one launch takes, adapters kept whole."""
-    parts, first, last = [], 0, 0
-    for rank in ranks:
-        check_rank(rank, MAX_RANK)
-        if last + rank - first > MAX_RANK:
-            parts.append(slice(first, last))
-            first = last
-        last += rank
-    return [*parts, slice(first, last)]
-
-
-def _own(s_of: Callable[[slice], Tensor], ranks: Sequence[int], own: Tensor) -> Tensor:
-    """s of all adapters `[M, sum of ranks]`, zero at the tokens of others."""
-    pieces = [s_of(part) for part in _parts(ranks)]
-    s = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-    return s.masked_fill_(~own, 0.0)
-
-
-def _scaled(b: Tensor, ranks: Sequence[int], scales: Sequence[float]) -> Tensor:
-    """B with each adapter's scale in its columns, at least in float32."""
-    wide = b.to(torch.promote_types(b.dtype, torch.float32))
-    return torch.cat([scale * part for scale, part in zip(scales, wide.split(list(ranks), dim=1), strict=True)], dim=1)
 
 
 def lora_linear_mixed(
@@ -55,18 +28,34 @@ def lora_linear_mixed(
     ranks: Sequence[int],
     scales: Sequence[float],
     rows: Tensor,
-    p: float,
+    ps: Sequence[float],
     seed: Tensor | None,
-) -> Tensor:
-    """The contract is in `reference.lora_linear_mixed`. Ranks up to 256 each."""
-    own = own_columns(rows, ranks, x.shape[0])
-    s = _own(lambda part: shrink(x, a[part], p, seed), ranks, own)
-    return expand(x, w, w_scale, bias, s, _scaled(b, ranks, scales), 1.0)
+) -> tuple[Tensor, Tensor]:
+    """The contract is in `reference.lora_linear_mixed`. Ranks up to 256 each.
+
+    Raises:
+        ValueError, TypeError: as `lora_linear`.
+    """
+    check_operands(x, w, w_scale, None, None, bias=bias, seed=seed)
+    _check_adapters(w, a, b, ranks, rows)
+    owners = owners_of(rows, x.shape[0], ranks, scales, ps)
+    plan = mixed_plan("forward", x, w, w_scale, owners)
+    return planned_mixed(plan, x, w, w_scale, bias, a, b, owners, max(ps), seed)
+
+
+def planned_mixed(
+    plan: Plan, x: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor,
+    owners: Owners, p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`lora_linear_mixed` by a given plan of any kind; p is the largest probability."""
+    s = shrink(x, a, p, seed, owners=owners)
+    return planned_expand(plan, x, w, w_scale, bias, s, b, 1.0, owners), s
 
 
 def lora_linear_mixed_backward(
     d_y: Tensor,
     x: Tensor | None,
+    s: Tensor | None,
     w: Tensor,
     w_scale: Tensor | None,
     a: Tensor,
@@ -74,27 +63,37 @@ def lora_linear_mixed_backward(
     ranks: Sequence[int],
     scales: Sequence[float],
     rows: Tensor,
-    p: float,
+    ps: Sequence[float],
     seed: Tensor | None,
     needs_x: bool,
     needs_a: bool,
     needs_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The contract is in `reference.lora_linear_mixed_backward`. Ranks up to 256 each."""
-    d_x, d_a, d_b = d_y.new_empty(0), a.new_empty(0), b.new_empty(0)
-    own = own_columns(rows, ranks, d_y.shape[0])
-    scaled = _scaled(b, ranks, scales)
-    d_s = _own(lambda part: shrink(d_y, scaled[:, part].T), ranks, own)
-    if needs_a and x is not None:
-        d_a = torch.empty_like(a, memory_format=torch.contiguous_format)
-        for part in _parts(ranks):
-            token_reduce(d_s[:, part], x, 1.0, p, seed, out=d_a[part])
-    if needs_b and x is not None:
-        d_b = torch.empty(b.shape, dtype=scaled.dtype, device=b.device)
-        s = _own(lambda part: shrink(x, a[part], p, seed), ranks, own)
-        for part in _parts(ranks):
-            token_reduce(s[:, part], d_y, out=d_b[:, part].T)
-        d_b = _scaled(d_b, ranks, scales).to(b.dtype)
-    if needs_x:
-        d_x = input_gradient(d_y, w, w_scale, d_s, a, p, seed)
-    return d_x, d_a, d_b
+    """The contract is in `reference.lora_linear_mixed_backward`. Ranks up to 256 each; the same inputs, the same bits.
+
+    Raises:
+        ValueError, TypeError: as `lora_linear_backward`.
+    """
+    check_operands(x, w, w_scale, None, None, d_y=d_y, seed=seed)
+    _check_adapters(w, a, b, ranks, rows)
+    owners = owners_of(rows, d_y.shape[0], ranks, scales, ps)
+    plan = mixed_plan("backward", d_y, w, w_scale, owners)
+    needs = needs_x, needs_a, needs_b
+    return planned_backward(plan, d_y, x, s, w, w_scale, a, b, 1.0, max(ps), seed, *needs, owners=owners)
+
+
+def mixed_plan(op: str, x: Tensor, w: Tensor, w_scale: Tensor | None, owners: Owners) -> Plan:
+    """That of one adapter whose s comes from a launch of its own, as it does with dropout; x is d_y in the backward."""
+    size, dropout = (x.shape[0], *w.shape, max(owners.rank, owners.block_r)), 0.5
+    return choose_plan(device_arch(x.device), x.dtype, *size, w_scale is not None, dropout, op, device_name(x.device))
+
+
+def _check_adapters(w: Tensor, a: Tensor, b: Tensor, ranks: Sequence[int], rows: Tensor) -> None:
+    for rank in ranks:
+        check_rank(rank)
+    (N, K), R = w.shape, sum(ranks)
+    for name, tensor, shape in (("a", a, (R, K)), ("b", b, (N, R)), ("rows", rows, tuple(rows.shape))):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, found {list(tensor.shape)}")
+        if tensor.device != w.device:
+            raise ValueError(f"{name}: expected device {w.device}, that of w, found {tensor.device}")

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .jit import convert
+from .launch import cdiv, next_block
 
 RESERVED = 1 << 20  # counters for captured calls; one call takes about a hundred
 _counters: dict[tuple[torch.device, int], Tensor] = {}
@@ -36,7 +37,7 @@ def counters(count: int, device: torch.device) -> Tensor:
     key = device, torch.cuda.current_stream(device).cuda_stream
     kept = _counters.get(key)
     if kept is None or kept.numel() < count:
-        kept = _counters[key] = torch.zeros(max(1024, triton.next_power_of_2(count)), dtype=torch.int32, device=device)
+        kept = _counters[key] = torch.zeros(next_block(count, 1024), dtype=torch.int32, device=device)
     return kept
 
 
@@ -45,7 +46,7 @@ def _reserved(count: int, device: torch.device) -> Tensor:
     reserve, first = _reserves.get(device), _taken.get(device, 0)
     if reserve is None or first + count > reserve.numel():
         return torch.zeros(count, dtype=torch.int32, device=device)
-    _taken[device] = triton.cdiv(first + count, 32) * 32  # aligned, since Triton compiles anew for what is not
+    _taken[device] = cdiv(first + count, 32) * 32  # aligned, since Triton compiles anew for what is not
     return reserve[first : first + count]
 
 

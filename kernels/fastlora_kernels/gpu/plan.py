@@ -10,7 +10,7 @@ import torch
 
 from .launch import next_block
 from .tables import row_for, tables_for
-from .tiles import MAX_BLOCK_R, Tile, decode_tile, linear_tile, side_tile_by_rule, spread
+from .tiles import MAX_BLOCK_R, Tile, decode_tile, int8_tile, linear_tile, side_tile_by_rule, spread
 
 DECODE_TOKENS = 16  # one tile of tokens
 FUSED_TOKENS = 1024
@@ -28,6 +28,7 @@ class Plan:
             "two_pass": `s`, then a product whose accumulator also takes `s B^T`; an int8 weight converted in it;
             "scratch": two_pass over a dense copy of an int8 weight that lives for this call;
             "cublas": `bias + scale * s B^T`, onto which cuBLAS adds `x W^T`; an int8 weight through the scratch.
+            "int8": codes of x and `s`, then a product of int8 codes.
             Of the backward: "two_pass", "scratch" or "cublas".
         tile: of the kernel that multiplies with the weight.
         why: where the choice comes from, in words.
@@ -50,7 +51,7 @@ def choose_plan(
         dtype: of the activations.
         int8: whether the frozen weight is int8.
         p: probability of dropout.
-        op: "forward" or "backward".
+        op: "forward", "backward", or "int8" for the forward with codes of x.
         gpu: the GPU's name, which prefers its own table to another of its architecture.
     """
     if arch is not None:
@@ -84,6 +85,8 @@ def safe_plan(
     why = "safe default, not measured"
     # A rank that is summed in steps, or comes from another kernel, takes no registers beside the accumulator.
     tile = linear_tile(arch, dtype.itemsize, M, min(next_block(R), MAX_BLOCK_R))
+    if op == "int8":
+        return Plan("int8", int8_tile(arch, dtype.itemsize), why)
     if op == "forward" and M <= DECODE_TOKENS and next_block(R) <= MAX_BLOCK_R:
         return Plan("decode", decode_tile(arch, dtype.itemsize, N, K, next_block(R)), why)
     if dtype == torch.float32 or (R == 0 and not int8):

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import FLOAT16_MAX, INT8_MAX
-from .launch import Launch
+from .launch import Launch, cdiv
 
 _FLOAT16_MAX = tl.constexpr(FLOAT16_MAX)
 _INT8_MAX = tl.constexpr(float(INT8_MAX))
@@ -64,7 +64,7 @@ def quantize_rows_launch(w: Tensor, q: Tensor, w_scale: Tensor) -> Launch:
     block_n, block_k = 4, 512
     return Launch(
         _quantize_rows_kernel,
-        (triton.cdiv(N, block_n),),
+        (cdiv(N, block_n),),
         dict(
             w_ptr=w, stride_wn=w.stride(0), stride_wk=w.stride(1), q_ptr=q, stride_qn=q.stride(0), scale_ptr=w_scale,
             N=N, K=K, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4, enable_fp_fusion=False,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .jit import convert, load_tile, store_tile
-from .launch import Launch, operand
+from .launch import Launch, cdiv, operand
 
 _logger = logging.getLogger("fastlora.kernels")
 
@@ -42,7 +42,7 @@ def dense_copy_launch(w: Tensor, w_scale: Tensor | None, out: Tensor) -> Launch:
     block_n, block_k = 16, 512
     return Launch(
         _dense_copy_kernel,
-        (triton.cdiv(N, block_n), triton.cdiv(K, block_k)),
+        (cdiv(N, block_n), cdiv(K, block_k)),
         dict(
             **operand("w", w, "nk"), w_scale_ptr=w_scale, **operand("out", out, "nk"), N=N, K=K,
             BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4,

@@ -30,8 +30,9 @@ from .tiles import SIDE_OPS, Tile
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "tuned"
-OPS = ("forward", "backward", *SIDE_OPS)
-KINDS = ("decode", "fused", "two_pass", "scratch", "cublas", *SIDE_OPS)
+LINEAR_OPS = ("forward", "backward", "int8")
+OPS = (*LINEAR_OPS, *SIDE_OPS)
+KINDS = ("decode", "fused", "two_pass", "scratch", "cublas", "int8", *SIDE_OPS)
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class Row:
     """The plan for one size.
 
     Args:
-        op: "forward", "backward" for the gradient of x, or a kernel of `SIDE_OPS`: then `kind` is the same, N and K are
-            the features of what it reads, and `tile.splits` programs per multiprocessor.
+        op: "forward", "backward" for the gradient of x, "int8" for the forward with codes of x, or a kernel of
+            `SIDE_OPS`: then `kind` is the same, N and K are the features of what it reads, and `tile.splits` programs
+            per multiprocessor.
         dtype: of the activations: "bfloat16", "float16" or "float32". bfloat16 rows serve float16 where it has none.
         int8: whether the frozen weight is int8.
         dropout: True with, False without, None for either.

@@ -10,7 +10,8 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
-import triton
+
+from .launch import cdiv
 
 MAX_RANK = 256
 MAX_BLOCK_R = 64  # a longer rank is summed in steps of this
@@ -85,7 +86,7 @@ def decode_tile(arch: int | None, itemsize: int, features_out: int, features_in:
     tile = linear_tile(arch, itemsize, 1, block_r)
     if block_r >= 64 and arch not in LARGE_SHARED_MEMORY:
         tile = replace(tile, block_c=tile.block_c // 2)  # spills otherwise
-    splits = min(2 * MULTIPROCESSORS // triton.cdiv(features_out, tile.block_n), features_in // (4 * tile.block_c), 16)
+    splits = min(2 * MULTIPROCESSORS // cdiv(features_out, tile.block_n), features_in // (4 * tile.block_c), 16)
     return replace(tile, splits=_power_of_two(max(splits, 1)))
 
 
@@ -112,13 +113,27 @@ def spread(op: str, tile: Tile, tokens: int, features: int) -> Tile:
     """`tile` with the sums shared so that about `tile.splits` programs run per multiprocessor."""
     programs, tokens = tile.splits * MULTIPROCESSORS, max(tokens, 1)
     if op in ("shrink", "group_shrink"):
-        splits = min(programs // triton.cdiv(tokens, tile.block_m), features // 512, 16)
+        splits = min(programs // cdiv(tokens, tile.block_m), features // 512, 16)
         return replace(tile, splits=_power_of_two(max(splits, 1)))
-    slices = max(1, programs // triton.cdiv(features, tile.block_n))
+    slices = max(1, programs // cdiv(features, tile.block_n))
     if op == "token_reduce":
-        return replace(tile, splits=min(slices, triton.cdiv(tokens, 512)))
-    spans = triton.cdiv(tokens, SPAN)
-    return replace(tile, splits=triton.cdiv(spans, min(slices, spans)))
+        return replace(tile, splits=min(slices, cdiv(tokens, 512)))
+    spans = cdiv(tokens, SPAN)
+    return replace(tile, splits=cdiv(spans, min(slices, spans)))
+
+
+def quantize_shrink_tile(arch: int | None, itemsize: int, block_r: int) -> Tile:
+    """For the codes of block_m tokens, block_c features at a time."""
+    return _fitted(Tile(16, 0, 32 if block_r >= 128 else 128, 4, 2), arch, itemsize)
+
+
+def int8_tile(arch: int | None, itemsize: int) -> Tile:
+    """For the product of int8 codes: block_m tokens, block_n output features, block_c contracted."""
+    if itemsize > 2:
+        return Tile(32, 64, 64, 4, 2)  # the low-rank part is a product in float32
+    if arch == 90:
+        return Tile(256, 128, 128, 8, 3, tma=True)
+    return Tile(64, 128, 64, 4, 3 if arch in LARGE_SHARED_MEMORY else 2)
 
 
 def merge_tile() -> Tile:

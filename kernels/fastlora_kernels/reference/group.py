@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ def lora_linear_group(
     scales: Sequence[float],
     ps: Sequence[float],
     seeds: Sequence[Tensor | None],
+    threshold: float | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """`lora_linear` of every layer of a group on one x: query, key and value, say, or gate and up.
 
@@ -28,12 +30,14 @@ def lora_linear_group(
     Args:
         x: `[M, K]`, any strides.
         ws, w_scales, biases, a_s, b_s, scales, ps, seeds: one per layer, each as in `lora_linear`.
+        threshold: as in `lora_linear`, for all of them.
 
     Returns:
         y_i `[M, N_i]` and s_i `[M, R_i]` per layer, in the dtype of x.
     """
     layers = zip(ws, w_scales, biases, a_s, b_s, scales, ps, seeds, strict=True)
-    results = [lora_linear(x, *layer) for layer in layers]
+    compute = partial(lora_linear, threshold=threshold)
+    results = [compute(x, *layer) for layer in layers]
     return [y for y, _ in results], [s for _, s in results]
 
 

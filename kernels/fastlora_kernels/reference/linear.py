@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-INT8_MAX = 127
+from .int8 import FEW_TOKENS, INT8_MAX, int8_product
+
 FLOAT16_MAX = 65504.0
 
 # Odd multipliers of the dropout hash, the first two those of the `lowbias32` integer hash, and the golden ratio.
@@ -100,6 +101,7 @@ def lora_linear(
     scale: float,
     p: float,
     seed: Tensor | None,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A frozen linear layer plus its low-rank update (LoRA, Hu et al. 2021, eq. 3).
 
@@ -113,11 +115,17 @@ def lora_linear(
         a, b: `[R, K]` and `[N, R]`, any float dtype; both None for the frozen layer alone.
         scale: the factor of the low-rank part (alpha / r).
         p, seed: dropout on the low-rank branch's input; `seed` holds one int64, None where p is 0.
+        threshold: None multiplies in the dtype of x. A number multiplies an int8 `w` with int8 codes of x, elements
+            from this magnitude on excepted (`int8_product`), where there are more than `FEW_TOKENS` tokens; the
+            low-rank part and the gradients are the same.
 
     Returns:
         y `[M, N]` and s `[M, R]` (`[M, 0]` without a and b) in the dtype of x.
     """
-    y = x @ dequantize_rows(w, w_scale, x.dtype).T
+    if threshold is not None and w_scale is not None and x.shape[0] > FEW_TOKENS:
+        y = int8_product(x, w, w_scale, threshold)
+    else:
+        y = x @ dequantize_rows(w, w_scale, x.dtype).T
     if bias is not None:
         y = y + bias.to(x.dtype)
     if a is None or b is None:
