@@ -13,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError, as_com
 from itertools import product
 
 import torch
-from gpu_sanitizer import cases
+from gpu_sanitizer import cases, mixed_launches
 from gpu_stage import seconds_left
 from rng_variants import VARIANTS, meta_launch
 from tune import DROPOUT, FEATURES, groups
@@ -66,6 +66,11 @@ def refusal_of_generator(variant: str, arch: int) -> str:
     return refused([meta_launch(variant)], arch)
 
 
+def refusal_of_mixed(arch: int) -> str:
+    """What the compiler says to the batch of several adapters that is checked for memory errors."""
+    return refused(mixed_launches(arch), arch)
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU to compile for")
@@ -77,6 +82,7 @@ def main() -> None:
         asked[pool.submit(refusal_of_generator, variant, arch)] = f"shrink by {variant}", 1
     for (size, plan), variants in new_jobs(arch, gpu):
         asked[pool.submit(refusal, plan, size, arch)] = f"{size.name}: {plan.kind} {plan.tile}", variants
+    asked[pool.submit(refusal_of_mixed, arch)] = "mixed batch", len(mixed_launches(arch))
     done = 0
     try:
         for future in as_completed(asked, max(1.0, seconds_left(600.0))):

@@ -16,6 +16,7 @@ from fastlora_kernels import reference
 from fastlora_kernels.gpu import aot
 from fastlora_kernels.gpu.candidates import candidates, side_candidates
 from fastlora_kernels.gpu.cost import meta_launches
+from fastlora_kernels.gpu.int8_linear import int8_linear
 from fastlora_kernels.gpu.launch import Launch, device_arch
 from fastlora_kernels.gpu.lora_linear import planned_forward
 from fastlora_kernels.gpu.lora_linear_backward import planned_backward
@@ -23,6 +24,7 @@ from fastlora_kernels.gpu.plan import Plan
 from fastlora_kernels.gpu.quantize import quantize_rows
 from fastlora_kernels.gpu.side import Operands, layers_of, meta_operands, side_launch
 from fastlora_kernels.gpu.tiles import Tile, spread
+from fastlora_kernels.reference import OUTLIER_THRESHOLD
 
 BF16 = torch.bfloat16
 SEED = 1234567
@@ -36,7 +38,10 @@ Results = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Size:
-    """The "forward" or "backward" of a LoRA linear in bfloat16, at M tokens and rank R, with dropout p."""
+    """The "forward", "backward" or "int8" (the forward with int8 activations) of a LoRA linear in bfloat16.
+
+    M tokens, N out_features, K in_features, rank R, dropout p; `eager` knows no "int8".
+    """
 
     op: str
     int8: bool
@@ -74,6 +79,8 @@ class Size:
         self, plan: Plan, x: Tensor, d_y: Tensor, s: Tensor, w: Tensor, w_scale: Tensor | None, a: Tensor, b: Tensor,
         seed: Tensor | None,
     ) -> Results:  # fmt: skip
+        if self.op == "int8":
+            return int8_linear(plan.tile, x, w, w_scale, None, a, b, 2.0, self.p, seed, OUTLIER_THRESHOLD)
         if self.op == "forward":
             return planned_forward(plan, x, w, w_scale, None, a, b, 2.0, self.p, seed)
         return planned_backward(plan, d_y, x, s, w, w_scale, a, b, 2.0, self.p, seed, True, True, True)
