@@ -91,8 +91,9 @@ def target_table(rows: list[Row]) -> Table:
         for row in found:
             names = row["case"], row["contender"], target.over or ""
             value = figure_of(row, target)
-            last = f"[{STYLES[met]}]{met}[/]" if (met := verdict(value, target)) else ""
-            table.add_row(target.question, *names, f"{value:.4g}", *limits, last, rate(row), roofline(row, most))
+            met = verdict(value, target)
+            last = f"[{STYLES[met]}]{met}[/]", rate(row), roofline(row, most)
+            table.add_row(target.question, *names, f"{value:.4g}", *limits, *last)
     return table
 
 
