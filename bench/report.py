@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="the rows of a GPU, and every target of one")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     arguments = parser.parse_args()
-    console = Console(width=200)
+    console = Console(width=240 if arguments.gpu else 200)
     file = arguments.file or file_of(arguments.gpu, arguments.quick, arguments.results)
     rows = [] if file is None else read_rows(file.with_name(FIRST_FIGURES)) * arguments.gpu + read_rows(file)
     if arguments.gpu:
