@@ -13,10 +13,11 @@ from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError, as_com
 from itertools import product
 
 import torch
-from gpu_sanitizer import cases
+from gpu_sanitizer import cases, mixed_launches
 from gpu_stage import seconds_left
+from rng_variants import VARIANTS, meta_launch
 from tune import DROPOUT, FEATURES, groups
-from tune_sizes import BF16, FIRST_TILES, AnySize, Size, refusal
+from tune_sizes import BF16, FIRST_TILES, AnySize, Size, refusal, refused
 
 from fastlora_kernels.gpu.aot import specialisation
 from fastlora_kernels.gpu.plan import Plan, choose_plan
@@ -60,27 +61,39 @@ def new_jobs(arch: int, gpu: str) -> Iterator[tuple[Job, int]]:
             yield (size, plan), len(found)
 
 
+def refusal_of_generator(variant: str, arch: int) -> str:
+    """What the compiler says to the shrink with one generator of its mask."""
+    return refused([meta_launch(variant)], arch)
+
+
+def refusal_of_mixed(arch: int) -> str:
+    """What the compiler says to the batch of several adapters that is checked for memory errors."""
+    return refused(mixed_launches(arch), arch)
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU to compile for")
     major, minor = torch.cuda.get_device_capability()
     arch, gpu = 10 * major + minor, torch.cuda.get_device_name()
     pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
-    asked: dict[Future, tuple[Job, int]] = {}
-    for job, variants in new_jobs(arch, gpu):
-        asked[pool.submit(refusal, job[1], job[0], arch)] = job, variants
+    asked: dict[Future, tuple[str, int]] = {}
+    for variant in VARIANTS:
+        asked[pool.submit(refusal_of_generator, variant, arch)] = f"shrink by {variant}", 1
+    for (size, plan), variants in new_jobs(arch, gpu):
+        asked[pool.submit(refusal, plan, size, arch)] = f"{size.name}: {plan.kind} {plan.tile}", variants
+    asked[pool.submit(refusal_of_mixed, arch)] = "mixed batch", len(mixed_launches(arch))
     done = 0
     try:
         for future in as_completed(asked, max(1.0, seconds_left(600.0))):
-            (size, plan), variants = asked[future]
+            name, variants = asked[future]
             done += variants
-            if future.result():
-                print(f"refused {size.name}: {plan.kind} {plan.tile}: {future.result()}", flush=True)
+            if why := future.result():
+                print(f"refused {name}: {why}", flush=True)
     except TimeoutError:
         print("the time was over", flush=True)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
     print(f"compiled {done} of {sum(variants for _, variants in asked.values())} variants", flush=True)
+    pool.shutdown(wait=False, cancel_futures=True)
     os._exit(0)  # whatever still compiles is not waited for
 
 

@@ -34,7 +34,10 @@ UNTIL, BEGUN = "FASTLORA_STAGE_UNTIL", "FASTLORA_STAGE_BEGUN"  # environment var
 BROKEN_GPU = 75  # exit code of a stage that wants to be started again
 LOG, SUMMARY = "log.txt", "run.json"
 MOST_LOGGED = 8 << 20  # bytes of log.txt
-GPU_TESTS = ["test_kernels_*.py", "test_group_ops.py", "test_mixed_ops.py", "test_dropout.py", "test_int8_ops.py"]
+GPU_TESTS = [
+    "test_kernels_*.py", "test_group_ops.py", "test_mixed_ops.py", "test_mixed_kernels.py", "test_int8_ops.py",
+    "test_dropout.py",
+]  # fmt: skip
 QUESTIONS = ["linear", "layers", "int8", "decode", "merge", "memory", "mixed"]  # the most important first
 TEST_PROCESSES = min(16, os.cpu_count() or 1)  # compiling is most of what a test of a kernel does
 

@@ -17,11 +17,14 @@ from dataclasses import replace
 
 import torch
 from gpu_stage import seconds_left
-from tune_sizes import AnySize, SideSize, Size
+from tune_sizes import BF16, AnySize, SideSize, Size
 
 from fastlora_kernels import gpu as kernels
+from fastlora_kernels.gpu.cost import mixed_meta_launches
+from fastlora_kernels.gpu.launch import Launch
 from fastlora_kernels.gpu.plan import Plan
-from fastlora_kernels.gpu.tiles import SIDE_OPS, Tile
+from fastlora_kernels.gpu.tiles import SIDE_OPS, Tile, int8_tile
+from fastlora_kernels.reference import FEW_TOKENS
 
 TOOLS = ("memcheck", "racecheck")
 FOUND = 86  # exit code where a tool has found something
@@ -41,6 +44,9 @@ PLANS = {
 }  # fmt: skip
 # What is ragged, and what tensor descriptors take: both several tiles a side. M, N, K, R.
 SHAPES = ((37, 63, 100, 5), (270, 160, 192, 16))
+# A batch of rows with adapters of their own: M, N, K, ranks, and the adapter of each row, -1 for none.
+MIXED = (5 * 13, 41, 70, (3, 17, 5))
+OWNERS = (2, 0, -1, -1, 1)
 SIDE_TILES = {
     "shrink": Tile(32, 0, 64, 4, 3, splits=2), "group_shrink": Tile(32, 0, 64, 4, 2, splits=2),
     "output_reduce": Tile(32, 128, 0, 8, 3, splits=2), "token_reduce": Tile(32, 64, 0, 4, 3, splits=2),
@@ -54,6 +60,8 @@ def cases() -> Iterator[tuple[AnySize, Plan]]:
             for plan in plans:
                 tokens = min(M, 13) if plan.kind == "decode" else M
                 yield Size(op, True, 0.1 if plan.kind in ("two_pass", "decode") else 0.0, tokens, N, K, R), plan
+        tokens = max(M, 2 * FEW_TOKENS)
+        yield Size("int8", True, 0.1, tokens, N, K, R), Plan("int8", int8_tile(None, 2), "")
     for op in SIDE_OPS:
         yield SideSize(op, 0.1, 1100, 1030, 6), Plan(op, SIDE_TILES[op], "")
 
@@ -62,12 +70,31 @@ def launch() -> None:
     """Everything once; the results are held to the reference by the tests, not here."""
     for size, plan in cases():
         size.run(plan, **size.operands("cuda"))
+    mixed("cuda")
     w, a, b = (torch.randn(*shape, device="cuda") for shape in ((63, 100), (5, 100), (63, 5)))
     kernels.merge_rows(w.bfloat16(), None, a, b, 2.0)
     kernels.merge_rows(*kernels.quantize_rows(w), a, b, 2.0)
     kernels.dropout_mask(torch.ones(1, dtype=torch.int64, device="cuda"), 37, 101, 0.1)
     torch.cuda.synchronize()
     print("launched every kernel", flush=True)
+
+
+def mixed(device: str) -> None:
+    """The forward and backward of a batch of several adapters."""
+    M, N, K, ranks = MIXED
+    x, d_y = (torch.randn(M, width, device=device).to(BF16) for width in (K, N))
+    w, w_scale = kernels.quantize_rows(torch.randn(N, K, device=device))
+    a, b = torch.randn(sum(ranks), K, device=device), torch.randn(N, sum(ranks), device=device)
+    shared = ranks, [2.0] * len(ranks), torch.tensor(OWNERS, device=device), [0.1] * len(ranks)
+    seed = torch.ones(1, dtype=torch.int64, device=device)
+    _, s = kernels.lora_linear_mixed(x, w, w_scale, None, a, b, *shared, seed)
+    kernels.lora_linear_mixed_backward(d_y, x, s, w, w_scale, a, b, *shared, seed, True, True, True)
+
+
+def mixed_launches(arch: int | None) -> list[Launch]:
+    """What `mixed` launches, on tensors without memory."""
+    size = *MIXED, len(OWNERS), True, 0.1
+    return [one for op in ("forward", "backward") for one in mixed_meta_launches(arch, BF16, *size, op)[1]]
 
 
 def verdict(tool: str, code: int | None, output: str) -> str:

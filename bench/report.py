@@ -91,8 +91,9 @@ def target_table(rows: list[Row]) -> Table:
         for row in found:
             names = row["case"], row["contender"], target.over or ""
             value = figure_of(row, target)
-            last = f"[{STYLES[met]}]{met}[/]" if (met := verdict(value, target)) else ""
-            table.add_row(target.question, *names, f"{value:.4g}", *limits, last, rate(row), roofline(row, most))
+            met = verdict(value, target)
+            last = f"[{STYLES[met]}]{met}[/]", rate(row), roofline(row, most)
+            table.add_row(target.question, *names, f"{value:.4g}", *limits, *last)
     return table
 
 
@@ -159,7 +160,7 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="the rows of a GPU, and every target of one")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     arguments = parser.parse_args()
-    console = Console(width=200)
+    console = Console(width=240 if arguments.gpu else 200)
     file = arguments.file or file_of(arguments.gpu, arguments.quick, arguments.results)
     rows = [] if file is None else read_rows(file.with_name(FIRST_FIGURES)) * arguments.gpu + read_rows(file)
     if arguments.gpu:

@@ -36,10 +36,12 @@ def _lanes(
     numbers: tl.constexpr = 4 * HALVES
     offsets = offs_m[:, None] * tl.cdiv(K, numbers) + k // numbers + tl.arange(0, BLOCK_K // numbers)[None, :]
     a, b, c, d = tl.randint4x(seed, offsets, ROUNDS)
+    words = _interleaved(a, b, c, d, BLOCK_M, BLOCK_K // HALVES).to(tl.int32)
     if HALVES == 1:
-        return _interleaved(a, b, c, d, BLOCK_M, BLOCK_K).to(tl.int32) & _LANE_MASK
-    low = _interleaved(a, b, c, d, BLOCK_M, BLOCK_K // 2).to(tl.int32)
-    return tl.join(low & _LANE_MASK, (low >> 16) & _LANE_MASK).reshape(BLOCK_M, BLOCK_K)
+        lanes = words & _LANE_MASK
+    else:
+        lanes = tl.join(words & _LANE_MASK, (words >> 16) & _LANE_MASK).reshape(BLOCK_M, BLOCK_K)
+    return lanes
 
 
 @triton.jit
@@ -76,11 +78,11 @@ def _masked_shrink_kernel(
     tl.store(s_tile, convert(acc * scale, dtype), (offs_m < M)[:, None] & (offs_r < R)[None, :])
 
 
-def masked_shrink(x: Tensor, a: Tensor, p: float, seed: Tensor, variant: str, block_m: int = 64) -> Tensor:
-    """`[M, R]` in the dtype of x; `none` drops nothing."""
+def masked_shrink_launch(
+    x: Tensor, a: Tensor, p: float, seed: Tensor, variant: str, s: Tensor, block_m: int = 64
+) -> Launch:
     (M, K), R = x.shape, a.shape[0]
-    s = torch.empty(M, R, dtype=x.dtype, device=x.device)
-    launch = Launch(
+    return Launch(
         _masked_shrink_kernel,
         (triton.cdiv(M, block_m),),
         dict(
@@ -91,5 +93,17 @@ def masked_shrink(x: Tensor, a: Tensor, p: float, seed: Tensor, variant: str, bl
             BLOCK_M=block_m, BLOCK_K=64, BLOCK_R=max(16, triton.next_power_of_2(R)), num_warps=4, num_stages=3,
         ),
     )  # fmt: skip
-    launch.run(x.device)
+
+
+def masked_shrink(x: Tensor, a: Tensor, p: float, seed: Tensor, variant: str, block_m: int = 64) -> Tensor:
+    """`[M, R]` in the dtype of x; `none` drops nothing."""
+    s = torch.empty(x.shape[0], a.shape[0], dtype=x.dtype, device=x.device)
+    masked_shrink_launch(x, a, p, seed, variant, s, block_m).run(x.device)
     return s
+
+
+def meta_launch(variant: str, M: int = 8192, K: int = 4096, R: int = 16) -> Launch:
+    """What the first figures launch, on tensors without memory."""
+    x, s = (torch.empty(M, columns, dtype=torch.bfloat16, device="meta") for columns in (K, R))
+    a, seed = torch.empty(R, K, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+    return masked_shrink_launch(x, a, 0.05, seed, variant, s)

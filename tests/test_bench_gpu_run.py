@@ -163,6 +163,10 @@ def test_what_is_checked_is_every_kernel(device, monkeypatch):
         assert ran == {specialisation(launch) for launch in size.launches(plan, arch)}, (size, plan)
         kernels |= {name for name, *_ in ran}
     assert {f"_{name}_kernel" for name in (*SIDE_OPS, *WEIGHT_KERNELS, "dense_copy")} <= kernels
+    made.clear()
+    gpu_sanitizer.mixed(device)
+    ahead = {specialisation(launch) for launch in gpu_sanitizer.mixed_launches(arch)}
+    assert {specialisation(launch) for launch in made if "quantize" not in launch.kernel.__name__} == ahead
 
 
 def test_what_is_compiled_ahead(monkeypatch):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import tune
+from rng_variants import VARIANTS
 from tune_sizes import SideSize, Size
 
 from fastlora_kernels.gpu import tables
@@ -108,18 +109,21 @@ ASKED = """
 import sys
 from fastlora_kernels.gpu.plan import Plan
 from fastlora_kernels.gpu.tiles import Tile
-from tune_sizes import Size, refusal
+from rng_variants import VARIANTS, meta_launch
+from tune_sizes import Size, refusal, refused
 size = Size("forward", False, 0.0, 512, 4096, 4096, 16)
 for tile in (Tile(64, 64, 64, 4, 3), Tile(128, 128, 128, 8, 8)):
     print("refused" if refusal(Plan("fused", tile, ""), size, 90) else "accepted")
+for variant in VARIANTS:
+    print(refused([meta_launch(variant)], 90) or "accepted")
 """
 
 
 def test_the_compiler_decides():
-    """A tile that fits, and one that needs more shared memory than there is, on sm_90."""
+    """A tile that fits, one that needs more shared memory than there is, and every generator of a mask, on sm_90."""
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(paths)}
     result = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.split() == ["accepted", "refused"]
+    assert result.stdout.split() == ["accepted", "refused", *["accepted"] * len(VARIANTS)]
