@@ -71,8 +71,10 @@ def linear_tile(arch: int | None, itemsize: int, tokens: int, block_r: int) -> T
         tile = Tile(16 if few else 32, 64, 64, 4, 2)
     elif few:
         tile = Tile(16, 64, 64 if arch in LARGE_SHARED_MEMORY else 32, 4, 3)
+    elif arch == 100:
+        tile = Tile(64, 64, 64, 8, 2)
     elif arch in LARGE_SHARED_MEMORY:
-        tile = Tile(64, 64, 64, 8 if arch == 100 else 4, 3)
+        tile = Tile(64, 64, 64, 4, 3)
     else:
         tile = Tile(64, 64, 32, 4, 2) if arch == 120 else Tile(32, 64, 64, 4, 2)
     return _fitted(tile, arch, itemsize)
@@ -96,7 +98,8 @@ def shrink_tile(arch: int | None, itemsize: int, tokens: int, features: int, blo
     wide = _reads_wide(arch, itemsize, block_r) and tokens > 16
     block_m = 64 if wide else 16 if tokens <= 16 or block_r >= 256 else 32
     splits = min((2 if wide else 1) * MULTIPROCESSORS // triton.cdiv(max(tokens, 1), block_m), features // 512, 16)
-    tile = Tile(block_m, 0, 32 if block_r >= 128 else 64, 4, 4 if wide else 2, splits=_power_of_two(max(splits, 1)))
+    warps, stages = 8 if arch == 100 else 4, 4 if wide else 2
+    tile = Tile(block_m, 0, 32 if block_r >= 128 else 64, warps, stages, splits=_power_of_two(max(splits, 1)))
     return _fitted(tile, arch, itemsize)
 
 
@@ -118,7 +121,9 @@ def output_reduce_tile(arch: int | None, itemsize: int, tokens: int, features: i
         tile = Tile(32, 256, 0, 8, 3)
     elif block_r >= 256:
         tile = Tile(32, 32, 0, 8, 2)
-    elif block_r >= 64 or itemsize > 2 or arch == 100:
+    elif arch == 100 and itemsize == 2:
+        tile = Tile(32, 64, 0, 8, 2)
+    elif block_r >= 64 or itemsize > 2:
         tile = Tile(16, 64, 0, 8, 2)
     else:
         tile = Tile(16, 128, 0, 4, 2)
