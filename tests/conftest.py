@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from importlib.metadata import version
 
 import torch
 
@@ -11,8 +12,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("FASTLORA_TABLES", None)  # what is chosen must not depend on what was tuned
 
 import pytest
+from packaging.version import Version
 
 torch.set_num_threads(1)  # tensors are tiny here, and threads that wait for each other on a busy machine are not free
+
+
+def pytest_configure():
+    """Says why the interpreter fails, where it would with every kernel: NumPy no longer takes an array for a number."""
+    found = {name: Version(version(name)) for name in ("triton", "numpy")}
+    if not torch.cuda.is_available() and found["triton"] < Version("3.7") and found["numpy"] >= Version("2.4"):
+        expected = "numpy below 2.4 for the interpreter of triton below 3.7"
+        raise pytest.UsageError(f"expected {expected}, found numpy {found['numpy']} and triton {found['triton']}")
 
 
 @pytest.fixture

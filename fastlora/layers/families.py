@@ -17,6 +17,13 @@ FAMILIES = (
     ("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"), ("wi_0", "wi_1"), ("w1", "w3"),
 )  # fmt: skip
 
+# Classes of transformers, of one release or another, that call the key and the value before the query.
+QUERY_LAST = {
+    "ConvBertSelfAttention", "DPTSelfAttention", "Dinov2SelfAttention", "Dinov2WithRegistersSelfAttention",
+    "RadioSelfAttention", "RfDetrDinov2SelfAttention", "Tipsv2VisionSelfAttention", "VideoMAESelfAttention",
+    "VitPoseBackboneSelfAttention", "YolosSelfAttention",
+}  # fmt: skip
+
 # Attention to another sequence: there the query reads another tensor than key and value.
 CROSS_ATTENTION = re.compile(r"cross|encoder_att|encdec", re.IGNORECASE)
 
@@ -26,12 +33,19 @@ def form_groups(model: nn.Module) -> None:
     kinds: dict[tuple, Kind] = {}
     for path, parent in model.named_modules():
         for family in FAMILIES:
-            names = family[1:] if len(family) == 3 and CROSS_ATTENTION.search(path) else family
+            names = _in_order(family, parent, path)
             members = [parent._modules.get(name) for name in names]
             members = [member for member in members if isinstance(member, LoraLinear)]
             if len(members) > 1:
                 key = type(parent), re.sub(r"\d+", "", path), names
                 _form(parent, members, kinds.setdefault(key, Kind()))
+
+
+def _in_order(family: tuple[str, ...], parent: nn.Module, path: str) -> tuple[str, ...]:
+    """Those of a family that read the same tensor, in the order in which `parent` calls them."""
+    if len(family) == 3 and CROSS_ATTENTION.search(path):
+        return family[1:]
+    return (*family[1:], family[0]) if len(family) == 3 and type(parent).__name__ in QUERY_LAST else family
 
 
 def _form(parent: nn.Module, members: list[Any], kind: Kind) -> None:

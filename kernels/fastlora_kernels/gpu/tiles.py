@@ -74,8 +74,10 @@ def linear_tile(arch: int | None, itemsize: int, tokens: int, block_r: int) -> T
         tile = Tile(16 if few else 32, 64, 64, 4, 2)
     elif few:
         tile = Tile(16, 64, 64 if arch in LARGE_SHARED_MEMORY else 32, 4, 3)
+    elif arch == 100:
+        tile = Tile(64, 64, 64, 8, 2)
     elif arch in LARGE_SHARED_MEMORY:
-        tile = Tile(64, 64, 64, 8 if arch == 100 else 4, 3)
+        tile = Tile(64, 64, 64, 4, 3)
     else:
         tile = Tile(64, 64, 32, 4, 2) if arch == 120 else Tile(32, 64, 64, 4, 2)
     return _fitted(tile, arch, itemsize)
@@ -97,12 +99,15 @@ def _power_of_two(most: int) -> int:
 def side_tile_by_rule(op: str, arch: int | None, itemsize: int, tokens: int, block_r: int) -> Tile:
     """For the kernel `op` of `SIDE_OPS`; its `splits` are programs per multiprocessor."""
     if op in ("shrink", "group_shrink"):  # block_m tokens, block_c features at a time
-        tile = Tile(16 if tokens <= 16 or block_r >= 256 else 32, 0, 32 if block_r >= 128 else 64, 4, 2)
+        block_m = 16 if tokens <= 16 or block_r >= 256 else 32
+        tile = Tile(block_m, 0, 32 if block_r >= 128 else 64, 8 if arch == 100 else 4, 2)
     elif op == "token_reduce":  # block_m tokens at a time, block_n features
         tile = Tile(32, 32 if block_r >= 128 else 64, 0, 4, 2, splits=2)
     elif block_r >= 256:  # output_reduce, the same
         return Tile(32, 32, 0, 8, 2, splits=2)
-    elif block_r >= 64 or itemsize > 2 or arch == 100:
+    elif arch == 100 and itemsize == 2:
+        return Tile(32, 64, 0, 8, 2, splits=2)
+    elif block_r >= 64 or itemsize > 2:
         return Tile(16, 64, 0, 8, 2, splits=2)
     else:
         return Tile(16, 128, 0, 4, 2, splits=2)
