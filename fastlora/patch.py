@@ -27,7 +27,17 @@ from .adapters.tokens import attach_tokens, find_tokens, initial_rows
 from .compute import check_compute, put_compute
 from .config import LoraConfig
 from .inits import PLAIN_INITS, Initial, check_no_calibration, initial_adapters, with_found_ranks
-from .layers import LinearLayer, LoraLayer, adopt, dissolve_groups, form_groups, kind_of, replace_weight
+from .layers import (
+    LinearLayer,
+    LoraLayer,
+    adopt,
+    dissolve_gated,
+    dissolve_groups,
+    form_gated,
+    form_groups,
+    kind_of,
+    replace_weight,
+)
 from .layers.base import Parts
 from .log import logger
 from .models.distributed import check_whole
@@ -153,6 +163,7 @@ def attach(
     if compute is not None:
         put_compute(lora_layers(model).values(), compute)
     form_groups(model)
+    form_gated(model)
     attach_tokens(model, config, weights, adapter, trainable)
     trained.add_copies(model, adapter, names, copies or {}, config, trainable)
     model.__dict__.setdefault(REGISTRY, {})[adapter] = config
@@ -206,6 +217,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
         for layer in layers.values():
             layer.check_base_kept("unload")
     dissolve_groups(model)
+    dissolve_gated(model)
     trained.release(model, active_adapters(model), keep=merge)
     for layer in layers.values():
         layer.release(merge)

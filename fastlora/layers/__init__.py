@@ -13,6 +13,7 @@ from .conv import LoraConvolution1d, LoraConvolution2d, LoraConvolution3d
 from .embedding import LoraEmbedding
 from .experts import LoraParameter, ParameterTarget
 from .families import dissolve_groups, form_groups
+from .gated import dissolve_gated, form_gated
 from .head import Float32Head
 from .linear import EQUIVALENT_LINEARS, LinearLayer, LoraConv1D, LoraLinear
 from .linear4bit import LoraLinear4bit
@@ -39,7 +40,9 @@ __all__ = [
     "TokenLayer",
     "adopt",
     "adopt_tokens",
+    "dissolve_gated",
     "dissolve_groups",
+    "form_gated",
     "form_groups",
     "is_linear4bit",
     "is_linear8bit",

@@ -24,7 +24,7 @@ def _run(name: str, a: Tensor | None, *inputs: Any) -> Any:
 
 
 @torch.library.custom_op("fastlora::lora_linear", mutates_args=())
-def _forward(
+def forward(
     x: Tensor,
     w: Tensor,
     w_scale: Tensor | None,
@@ -39,13 +39,13 @@ def _forward(
     return _run("lora_linear", a, x, w, w_scale, bias, a, b, scale, p, seed, threshold)
 
 
-@_forward.register_fake
+@forward.register_fake
 def _forward_fake(x, w, w_scale, bias, a, b, scale, p, seed, threshold=None):
     return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], 0 if a is None else a.shape[0])
 
 
 @torch.library.custom_op("fastlora::lora_linear_backward", mutates_args=())
-def _backward(
+def backward(
     d_y: Tensor,
     x: Tensor | None,
     s: Tensor | None,
@@ -64,7 +64,7 @@ def _backward(
     return _run("lora_linear_backward", a, *inputs)
 
 
-@_backward.register_fake
+@backward.register_fake
 def _backward_fake(d_y, x, s, w, w_scale, a, b, scale, p, seed, needs_x, needs_a, needs_b):
     d_x = d_y.new_empty(d_y.shape[0], w.shape[1]) if needs_x else d_y.new_empty(0)
     d_a = torch.empty_like(a, memory_format=torch.contiguous_format) if needs_a else d_y.new_empty(0)
@@ -80,11 +80,11 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _differentiate(ctx: Any, d_y: Tensor, _d_s: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _gradients(_backward, ctx, ctx.saved_tensors, d_y)
+    return _gradients(backward, ctx, ctx.saved_tensors, d_y)
 
 
 def _gradients(backward: Callable, ctx: Any, saved: tuple, d_y: Tensor) -> tuple[Tensor | None, ...]:
-    """One gradient per argument of `_forward`."""
+    """One gradient per argument of `forward`."""
     x, s, w, w_scale, a, b, seed = saved
     needs_x, needs_a, needs_b = ctx.needs
     d_x, d_a, d_b = backward(d_y, x, s, w, w_scale, a, b, ctx.scale, ctx.p, seed, needs_x, needs_a, needs_b)
@@ -158,7 +158,7 @@ def lora_linear(
     inputs = (flat, w, w_scale, bias, a, b, scale, p, seed, threshold)
     if not is_plain(x, w, a):
         check_local(x, w, a)
-        y, _ = _forward(*inputs)
+        y, _ = forward(*inputs)
     elif torch.is_grad_enabled() and (
         x.requires_grad or (a is not None and a.requires_grad) or (b is not None and b.requires_grad)
     ):
