@@ -69,8 +69,10 @@ def one_by_one(monkeypatch):
 @pytest.fixture
 def made(monkeypatch):
     """How many layers each op has computed together, in order."""
-    sizes, op, group_op = [], ops.lora_linear, ops.lora_linear_group
-    monkeypatch.setattr(ops, "lora_linear", lambda *args: sizes.append(1) or op(*args))
+    sizes, group_op = [], ops.lora_linear_group
+    for name in ("lora_linear", "lora_linear_gated"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, op=op, **settings: sizes.append(1) or op(*args, **settings))
     monkeypatch.setattr(ops, "lora_linear_group", lambda x, ws, *args: sizes.append(len(ws)) or group_op(x, ws, *args))
     return sizes
 
