@@ -9,8 +9,10 @@ import torch
 import transformers
 from gpu import Calls
 from gpu_layers import ALPHA, BF16, Place, backward_too, fill_adapters
+from memory import bytes_for_backward
 from peers import bitsandbytes_linear, imported
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import fastlora
 
@@ -45,6 +47,28 @@ class SevenLinears(nn.Module):
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         parts = self.attention, self.output, self.expand, self.contract
         return [y for part, x in zip(parts, inputs, strict=True) for y in part(x)]
+
+
+class LinearsAndActivation(nn.Module):
+    """The linears of a Llama layer and its activation, each read as there, without norms and attention."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        hidden, inner, values = place.size(HIDDEN), place.size(INTERMEDIATE), place.size(HIDDEN // 4)
+        self.attention = Readers(hidden, {"q_proj": hidden, "k_proj": values, "v_proj": values})
+        self.output = Readers(hidden, {"o_proj": hidden})
+        self.mlp = LlamaMLP(transformers.LlamaConfig(hidden_size=hidden, intermediate_size=inner))
+
+    def forward(self, x: Tensor, attended: Tensor, normed: Tensor) -> list[Tensor]:
+        return [*self.attention(x), *self.output(attended), self.mlp(normed)]
+
+
+def held_by_linears(adapt: Adapt, place: Place, count: int) -> int:
+    """Bytes that they keep for the backward of so many tokens."""
+    model = made(lambda: LinearsAndActivation(place), adapt, place)
+    inputs = [tokens(place, count, HIDDEN, seed)[None].requires_grad_() for seed in range(3)]
+    # A sum keeps nothing of its own.
+    return bytes_for_backward(model, lambda: torch.stack([y.sum() for y in model(*inputs)]).sum())
 
 
 def llama_layer(place: Place) -> nn.Module:

@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 from contenders import BF16, NATIVE, SHAPE, TARGETS, base, make_ids, training_loss, with_fastlora, with_peft
+from gpu_layers import Place
+from gpu_models import frozen, held_by_linears, ours, peft_model
 from harness import rows_from_values
 from memory import bytes_for_backward
 from peak import ADAPT, LOAD_AND_QUANTIZE, QUANTIZE
@@ -34,6 +36,15 @@ def test_bytes_for_backward(record):
     targets = {name for name, _ in frozen.named_modules() if name.rsplit(".")[-1] in TARGETS}
     values["floor"] = bytes_for_backward(frozen, training_loss(frozen, ids), inputs_of=targets) / MIB
     record(rows_from_values("bytes for backward", "512 tokens, r=16", values, ["floor", "frozen base"], "MiB"))
+
+
+def test_bytes_for_backward_of_a_large_layer(record):
+    """Counted at 64 tokens and given for 8192: all of it grows with the tokens."""
+    place, count, wanted = Place("cpu", tiny=False), 64, 8192
+    contenders = {"frozen": frozen, "fastlora bf16": ours, "PEFT bf16": peft_model}
+    values = {name: held_by_linears(adapt, place, count) / MIB * wanted / count for name, adapt in contenders.items()}
+    case = f"linears and activation, {wanted} tokens"
+    record(rows_from_values("bytes for backward, Llama-8B", case, values, ["frozen", "PEFT bf16"], "MiB"))
 
 
 @pytest.fixture(scope="module")

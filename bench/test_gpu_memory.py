@@ -1,43 +1,56 @@
-"""What one Llama-8B layer holds for its backward."""
+"""What one Llama-8B layer holds for its backward: its linears and activation, and all of it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from gpu import NotInstalledError
-from gpu_models import HIDDEN, Embedded, frozen, llama_layer, made, ours, ours_int8, peft_int8, peft_model, tokens
+from gpu_models import (
+    HIDDEN,
+    Embedded,
+    frozen,
+    held_by_linears,
+    llama_layer,
+    made,
+    ours,
+    ours_int8,
+    peft_int8,
+    peft_model,
+    tokens,
+)
 from harness import rows_from_values, rows_not_run
 from memory import bytes_for_backward
-from torch import Tensor
 
 pytestmark = pytest.mark.gpu
 MIB = 1 << 20
 OVER = ["frozen", "PEFT bf16"]
 
 
+CONTENDERS = {
+    "frozen": frozen, "fastlora bf16": ours, "fastlora int8": ours_int8, "PEFT bf16": peft_model,
+    "PEFT + bitsandbytes int8": peft_int8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["linears and activation", "whole layer"])
 @pytest.mark.parametrize("count", [1024, 4096, 8192])
-def test_bytes_for_backward(record, place, count):
-    x = tokens(place, count, HIDDEN)[None]
-    contenders = {
-        "frozen": frozen, "fastlora bf16": ours, "fastlora int8": ours_int8, "PEFT bf16": peft_model,
-        "PEFT + bitsandbytes int8": peft_int8,
-    }  # fmt: skip
-    values, notes = {}, {}
-    for name, adapt in contenders.items():
+def test_bytes_for_backward(record, place, count, part):
+    values, notes, count_bytes = {}, {}, held_by_layer if part == "whole layer" else held_by_linears
+    for name, adapt in CONTENDERS.items():
         try:
-            values[name] = held(adapt, place, x) / MIB
+            values[name] = count_bytes(adapt, place, count) / MIB
         except NotInstalledError as error:
             notes[name] = f"not installed: {error}"
     assert values["fastlora bf16"] < values["PEFT bf16"]
-    case = f"Llama-8B layer, {x.shape[1]} tokens"
-    rows = rows_from_values("bytes for backward, GPU", case, values, OVER, "MiB", {"M": x.shape[1]})
+    case = f"{part}, {place.size(count)} tokens"
+    rows = rows_from_values("bytes for backward, GPU", case, values, OVER, "MiB", {"M": place.size(count)})
     record(rows + rows_not_run("bytes for backward, GPU", case, notes))
 
 
-def held(adapt, place, x: Tensor) -> int:
+def held_by_layer(adapt, place, count: int) -> int:
     model = made(lambda: Embedded(llama_layer(place)), adapt, place)
-    inputs = x.clone().requires_grad_()
-    return bytes_for_backward(model, lambda: model(inputs).float().square().mean())
+    inputs = tokens(place, count, HIDDEN)[None].requires_grad_()
+    return bytes_for_backward(model, lambda: model(inputs).sum())
 
 
 def test_peak_of_a_step(record, place):
