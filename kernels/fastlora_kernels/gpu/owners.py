@@ -22,8 +22,8 @@ from ..reference import drop_threshold
 from .launch import next_block
 from .tiles import MAX_BLOCK_R
 
-FEW_TOKENS = 64  # of a batch that small tiles serve; of a row such that a tile holds several
-MANY_TOKENS_BLOCK_R = 32  # more ranks at a time spill registers in the large tiles
+FEW_TOKENS = 64  # of a batch that small tiles serve
+SMALL_BLOCK_R = 16  # ranks at a time; more spill registers in large tiles and in the backward
 _ROWS_AT_ONCE = tl.constexpr(128)
 
 
@@ -66,10 +66,10 @@ class Owners:
 
     @property
     def block_r(self) -> int:
-        """Ranks that a product takes at a time: those of one adapter, or of as many as fit where rows are short."""
-        most = MAX_BLOCK_R if self.row_tokens * self.rows.shape[0] <= FEW_TOKENS else MANY_TOKENS_BLOCK_R
-        several = self.row_tokens < FEW_TOKENS and len(self.ranks) > 1
-        return most if several else min(next_block(self.rank), most)
+        """Ranks that the forward's product takes at a time: in a small batch those of several adapters."""
+        if self.row_tokens * self.rows.shape[0] > FEW_TOKENS:
+            return SMALL_BLOCK_R
+        return MAX_BLOCK_R if len(self.ranks) > 1 else min(next_block(self.rank), MAX_BLOCK_R)
 
     def slices(self, tokens: int) -> int:
         """Slices of at most so many tokens, none of which has tokens of two rows."""
