@@ -15,7 +15,7 @@ from .descriptors import described
 from .jit import convert, dot, dropout_keys, keep_mask, load_tile, store_tile, tile_place
 from .launch import Launch, cdiv, device_arch, next_block, operand
 from .low_rank import low_rank, of_owner
-from .owners import Owners, mixed_arguments, rank_span, token_owners
+from .owners import SMALL_BLOCK_R, Owners, mixed_arguments, rank_span, token_owners
 from .tiles import MAX_BLOCK_R, Tile, linear_tile, programs
 
 
@@ -77,7 +77,7 @@ def input_gradient_launch(
     owners: Owners | None = None,
 ) -> Launch:  # fmt: skip
     (M, N), K, R = d_y.shape, w.shape[1], 0 if d_s is None else d_s.shape[1]
-    block_r = min(next_block(R), MAX_BLOCK_R) if owners is None else owners.block_r
+    block_r = min(next_block(R), MAX_BLOCK_R) if owners is None else SMALL_BLOCK_R
     tile = tile or linear_tile(arch, d_y.element_size(), M, block_r)
     d_y_ref, w_ref, tma = described(tile, arch, d_y, (tile.block_m, tile.block_c), w, (tile.block_c, tile.block_n))
     arguments = dict(

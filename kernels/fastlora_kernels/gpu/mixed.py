@@ -92,8 +92,8 @@ def _check_adapters(w: Tensor, a: Tensor, b: Tensor, ranks: Sequence[int], rows:
     for rank in ranks:
         check_rank(rank)
     (N, K), R = w.shape, sum(ranks)
-    for name, tensor, shape in (("a", a, (R, K)), ("b", b, (N, R)), ("rows", rows, tuple(rows.shape))):
-        if tuple(tensor.shape) != shape:
+    for name, tensor, shape in (("a", a, (R, K)), ("b", b, (N, R)), ("rows", rows, rows.shape[:1])):
+        if tensor.shape != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, found {list(tensor.shape)}")
         if tensor.device != w.device:
             raise ValueError(f"{name}: expected device {w.device}, that of w, found {tensor.device}")

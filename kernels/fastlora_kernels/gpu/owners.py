@@ -8,7 +8,6 @@ ranks, and so takes no work and writes nothing.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +21,10 @@ from ..reference import drop_threshold
 from .launch import cdiv, next_block
 from .tiles import MAX_BLOCK_R
 
-FEW_TOKENS = 64  # of a batch that small tiles serve; of a row such that a tile holds several
-MANY_TOKENS_BLOCK_R = 32  # more ranks at a time spill registers in the large tiles
+FEW_TOKENS = 64  # of a batch that small tiles serve
+SMALL_BLOCK_R = 16  # ranks at a time; more spill registers in large tiles and in the backward
+MOST_REGISTERS = 255  # that a thread can have
+MOST_KEPT = 1024  # sets of adapters whose numbers stay on the device
 _ROWS_AT_ONCE = tl.constexpr(128)
 
 
@@ -41,6 +42,9 @@ class Adapters:
     scale: Tensor
     inverse_keep: Tensor
     threshold: Tensor
+
+
+_kept: dict[Any, Adapters] = {}
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,10 @@ class Owners:
 
     @property
     def block_r(self) -> int:
-        """Ranks that a product takes at a time: those of one adapter, or of as many as fit where rows are short."""
-        most = MAX_BLOCK_R if self.row_tokens * self.rows.shape[0] <= FEW_TOKENS else MANY_TOKENS_BLOCK_R
-        several = self.row_tokens < FEW_TOKENS and len(self.ranks) > 1
-        return most if several else min(next_block(self.rank), most)
+        """Ranks that the forward's product takes at a time: in a small batch those of several adapters."""
+        if self.row_tokens * self.rows.shape[0] > FEW_TOKENS:
+            return SMALL_BLOCK_R
+        return MAX_BLOCK_R if len(self.ranks) > 1 else min(next_block(self.rank), MAX_BLOCK_R)
 
     def slices(self, tokens: int) -> int:
         """Slices of at most so many tokens, none of which has tokens of two rows."""
@@ -79,9 +83,17 @@ class Owners:
 def owners_of(rows: Tensor, tokens: int, ranks: Sequence[int], scales: Sequence[float], ps: Sequence[float]) -> Owners:
     """The owners of so many tokens; the adapters' numbers are written to the device once, not per call."""
     inputs = tuple(ranks), tuple(scales), tuple(ps), rows.device
-    # What is written while a CUDA graph is captured is there when the graph runs, not before.
-    capturing = rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    adapters = _adapters(*inputs) if capturing else _kept_adapters(*inputs)
+    adapters = _kept.get(inputs)
+    if adapters is None:
+        adapters = _adapters(*inputs)
+        on_cuda = rows.device.type == "cuda"
+        # What is written while a CUDA graph is captured is there when the graph runs, not before.
+        if not (on_cuda and torch.cuda.is_current_stream_capturing()):
+            if on_cuda:
+                torch.cuda.current_stream(rows.device).synchronize()  # other streams will read it
+            if len(_kept) == MOST_KEPT:
+                _kept.clear()
+            _kept[inputs] = adapters
     return Owners(rows, tokens // rows.shape[0], inputs[0], adapters)
 
 
@@ -96,9 +108,6 @@ def _adapters(
     )  # fmt: skip
 
 
-_kept_adapters = functools.lru_cache(maxsize=1024)(_adapters)
-
-
 def _written(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Written by the device, one number at a time, as a capture allows."""
     with torch.inference_mode(False):  # a tensor made in inference mode stays one
@@ -109,11 +118,14 @@ def _written(values: Sequence[float], dtype: torch.dtype, device: torch.device) 
 
 
 def mixed_arguments(owners: Owners | None) -> dict[str, Any]:
-    """What a kernel needs to know whose tokens are whose; None where there is one adapter for all."""
+    """What a kernel needs to know whose tokens are whose; None where there is one adapter for all.
+
+    Left to itself, ptxas spills a few registers of these kernels so that more blocks may run at once.
+    """
     if owners is None:
         return dict(rows_ptr=None, first_ptr=None, E=0, row_tokens=0)
-    first = owners.adapters.first
-    return dict(rows_ptr=owners.rows, first_ptr=first, E=len(owners.ranks), row_tokens=owners.row_tokens)
+    first, E = owners.adapters.first, len(owners.ranks)
+    return dict(rows_ptr=owners.rows, first_ptr=first, E=E, row_tokens=owners.row_tokens, maxnreg=MOST_REGISTERS)
 
 
 def rank_span(R: int, block_r: int, owners: Owners | None) -> int:
