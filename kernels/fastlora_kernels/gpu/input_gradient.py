@@ -13,7 +13,7 @@ from torch import Tensor
 from ..reference import drop_threshold
 from .descriptors import described
 from .jit import convert, dot, dropout_keys, keep_mask, load_tile, store_tile, tile_place
-from .launch import Launch, cdiv, device_arch, next_block, operand
+from .launch import Launch, cdiv, device_arch, next_block, operand, without_spills
 from .low_rank import low_rank, of_owner
 from .owners import SMALL_BLOCK_R, Owners, mixed_arguments, rank_span, token_owners
 from .tiles import MAX_BLOCK_R, Tile, linear_tile, programs
@@ -91,7 +91,7 @@ def input_gradient_launch(
         TMA=tma, FLATTEN=tile.persistent and a is None, GROUP=8,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_c, BLOCK_K=tile.block_n, BLOCK_R=block_r,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    ) | without_spills(arch)  # fmt: skip
     tiles = cdiv(M, tile.block_m) * cdiv(K, tile.block_n)
     return Launch(_input_gradient_kernel, programs(tile, tiles, d_y.device), arguments, flops=2 * M * K * (N + R))
 

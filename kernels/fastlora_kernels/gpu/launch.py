@@ -88,6 +88,17 @@ def next_block(size: int, smallest: int = 16) -> int:
     return max(smallest, 1 << max(size - 1, 0).bit_length())
 
 
+MOST_REGISTERS = 255  # that a thread can have
+
+
+def without_spills(arch: int | None) -> dict[str, int]:
+    """A compiler option: left to itself, ptxas spills a few registers so that more blocks may run at once.
+
+    Not for Hopper, whose tiles are chosen by how they do there.
+    """
+    return {} if arch == 90 else {"maxnreg": MOST_REGISTERS}
+
+
 def operand(name: str, tensor: Tensor | None, axes: str) -> dict[str, Any]:
     """The kernel arguments of one 2-D tensor: its pointer and its strides, 0 where there is no tensor."""
     strides = (0, 0) if tensor is None else tensor.stride()

@@ -18,12 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import drop_threshold
-from .launch import cdiv, next_block
+from .launch import MOST_REGISTERS, cdiv, next_block
 from .tiles import MAX_BLOCK_R
 
 FEW_TOKENS = 64  # of a batch that small tiles serve
 SMALL_BLOCK_R = 16  # ranks at a time; more spill registers in large tiles and in the backward
-MOST_REGISTERS = 255  # that a thread can have
 MOST_KEPT = 1024  # sets of adapters whose numbers stay on the device
 _ROWS_AT_ONCE = tl.constexpr(128)
 

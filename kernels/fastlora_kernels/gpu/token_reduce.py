@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..reference import drop_threshold
 from .jit import convert, dot, dropout_keys, keep_mask, load_tile
-from .launch import Launch, cdiv, device_arch, device_name, next_block, operand
+from .launch import Launch, cdiv, device_arch, device_name, next_block, operand, without_spills
 from .owners import Owners, arrivals, mixed_arguments, owner_of, slice_of_row, sum_of_own_parts
 from .partial import arrives_last, counters, sum_of_parts
 from .plan import side_tile
@@ -103,7 +103,7 @@ def token_reduce_launch(
             threshold=drop_threshold(p) if owners is None else owners.adapters.threshold, M=M, C=C, R=R, B=B,
             slice_tokens=slice_tokens, SLICED=sliced, BLOCK_M=tile.block_m, BLOCK_C=tile.block_n, BLOCK_R=block_r,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
-        ),
+        ) | without_spills(arch),
         flops=2 * M * C * R,
     )  # fmt: skip
 
