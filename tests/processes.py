@@ -10,10 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from fastlora.integrations.distributed import FIRST_WITH_INT8
+
 PROCESSES = 2
+SHARDS_INT8 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= FIRST_WITH_INT8
+INT8 = "int8" if SHARDS_INT8 else None  # for a sharded model that is quantized where it can be
+needs_sharded_int8 = pytest.mark.skipif(not SHARDS_INT8, reason="FSDP2 of this torch shards no int8 weights")
 LIMIT = 120  # seconds, for processes that wait for each other to start on a busy machine
 
 # Children of a server that has imported what they need, and nothing of this process' state.

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from accuracy import assert_as_accurate_as_eager
 from models import MODELS, make_batch, make_model
-from processes import PROCESSES, run_in_two
+from processes import PROCESSES, needs_sharded_int8, run_in_two
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.nn.parallel import DistributedDataParallel
@@ -81,7 +81,9 @@ def losses_of_engines(rank, kind):
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=needs_sharded_int8) if kind == "int8" else kind for kind in KINDS]
+)
 def test_losses_equal_those_of_one_process(kind):
     found, again = run_in_two(losses_of_engines, kind)
     assert found == again
@@ -118,6 +120,7 @@ def memory_of_int8(rank):
     return here, all_of_it, whole, resident_bytes() - before
 
 
+@needs_sharded_int8
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process' memory from /proc")
 def test_each_process_holds_half_of_the_int8_weights():
     for here, all_of_it, whole, sharded in run_in_two(memory_of_int8):

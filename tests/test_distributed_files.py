@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import MODELS, make_batch, make_model
-from processes import run_in_two
+from processes import needs_sharded_int8, run_in_two
 from safetensors.torch import load_file
 from test_distributed import TRAINED_ALONE, batch, ddp, patched, train
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -55,7 +55,7 @@ def save_trained(rank, folder, quantize):
     return sorted(there), rank > 0 or all(equal(file, in_files(expected)) for file in files), same_logits
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, pytest.param("int8", marks=needs_sharded_int8)])
 def test_a_sharded_model_is_saved_and_swapped(tmp_path, quantize):
     for there, same_files, same_logits in run_in_two(save_trained, str(tmp_path), quantize):
         assert there == ["adapter_config.json", "adapter_model.safetensors"]
@@ -225,3 +225,12 @@ def test_tensor_parallel_models_of_transformers_are_refused():
     model._tp_size = 2
     with pytest.raises(ValueError, match=r"found a tensor-parallel model \(tp_size=2\)"):
         fastlora.patch(model)
+
+
+def test_int8_weights_need_a_torch_that_shards_them(monkeypatch):
+    model = fastlora.patch(make_model("llama"), r=2, targets="all-linear", quantize="int8")
+    kinds = [type(module) for module in model.modules()]
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    with pytest.raises(ValueError, match=r"expected torch 2\.12 or later to shard int8 weights, found torch 2\.11"):
+        fastlora.shard(model)
+    assert [type(module) for module in model.modules()] == kinds

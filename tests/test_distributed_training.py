@@ -8,7 +8,7 @@ from accuracy import assert_as_accurate_as_eager
 from mixed_batches import NAMES, collate, data, losses_by_row
 from mixed_batches import patched as with_adapters
 from models import MODELS, make_model
-from processes import run_in_two
+from processes import INT8, needs_sharded_int8, run_in_two
 from test_distributed import ENGINES, HALF_THE_DIGITS, batch, ddp, loss_of, patched, train
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -60,7 +60,7 @@ def error_in_bf16(rank, quantize):
     assert_as_accurate_as_eager(found, eager.float(), exact, "gradients")
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, pytest.param("int8", marks=needs_sharded_int8)])
 def test_mixed_precision_is_as_accurate_as_a_16_bit_model(quantize):
     run_in_two(error_in_bf16, quantize)
 
@@ -77,7 +77,7 @@ def gradients_of_seed(model, seed, inputs):
 
 def masks(rank):
     """Whether the processes draw one mask with one seed, and two with two; and whether a recomputation repeats it."""
-    model = filled(patched(name="llama", dropout=0.4, quantize="int8").train())
+    model = filled(patched(name="llama", dropout=0.4, quantize=INT8).train())
     losses = []
     for seed in (7, 7 + rank):
         torch.manual_seed(seed)
@@ -105,7 +105,7 @@ def test_masks_follow_from_the_seed_of_a_process():
 def compiled_losses(rank):
     found = []
     for compiles in (False, True):
-        model = patched(torch.float64, quantize="int8")
+        model = patched(torch.float64, quantize=INT8)
         del model.transformer.h[1:]  # a compiler takes as long for each layer
         fastlora.shard(model)
         if compiles:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from models import MODELS, make_batch, make_model
+from processes import INT8
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,7 +24,7 @@ def train(rank, engine, folder, steps, dies_at=None):
     Args:
         dies_at: the step in whose midst the second process kills itself.
     """
-    model = fastlora.patch(make_model("llama"), r=4, targets=MODELS["llama"][1], dropout=0.2, quantize="int8").train()
+    model = fastlora.patch(make_model("llama"), r=4, targets=MODELS["llama"][1], dropout=0.2, quantize=INT8).train()
     wrapped, backward = model, torch.Tensor.backward
     if engine == "fsdp2":
         fastlora.shard(model)

@@ -11,14 +11,17 @@ from torch import nn
 from ..adapters.registry import adapters, check_original_weights, check_unmerged, patched_layers
 from ..models.distributed import check_whole
 
+FIRST_WITH_INT8 = (2, 12)  # of torch: FSDP2 of an earlier one wants every parameter to be able to train
+
 
 def shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, **settings: Any) -> nn.Module:
     """Shards a patched model over the processes, each block and then the rest, with `fully_shard` of PyTorch (FSDP2).
 
-    Every process holds its part of the frozen weights, int8 ones too, and of the adapters. Nothing here is more than
-    calls of `fully_shard`: a model that accelerate or another caller of it shards works as well. What this adds is what
-    FSDP2 asks of its caller: the parameters of one group that train have one dtype, so modules that train in another
-    one than the adapters, as those of `modules_to_save` do in a 16-bit model, become groups of their own.
+    Every process holds its part of the frozen weights, int8 ones too (from torch 2.12 on), and of the adapters. Nothing
+    here is more than calls of `fully_shard`: a model that accelerate or another caller of it shards works as well. What
+    this adds is what FSDP2 asks of its caller: the parameters of one group that train have one dtype, so modules that
+    train in another one than the adapters, as those of `modules_to_save` do in a 16-bit model, become groups of their
+    own.
 
         torch.distributed.init_process_group()
         fastlora.patch(model, r=16, quantize="int8")  # everything that adds or merges adapters comes first
@@ -49,7 +52,8 @@ def shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, **sett
 
     Raises:
         ValueError: the model is not patched, is sharded or merged already, or has weights that an initialisation
-            changed, has no blocks, or has parameters in one layer that train in two dtypes; nothing is sharded then.
+            changed, has no blocks, has parameters in one layer that train in two dtypes, or has int8 weights, which
+            FSDP2 shards from torch 2.12 on; nothing is sharded then.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -57,10 +61,17 @@ def shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, **sett
     check_whole(model)
     check_unmerged(model)
     check_original_weights(model)
+    _check_int8(model)
     found = _blocks(model) if blocks is None else list(blocks)
     for module in [*_apart(model), *found, model]:
         fully_shard(module, **settings)
     return model
+
+
+def _check_int8(model: nn.Module) -> None:
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < FIRST_WITH_INT8 and not all(p.is_floating_point() for p in model.parameters()):
+        raise ValueError(f"model: expected torch 2.12 or later to shard int8 weights, found torch {torch.__version__}")
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
