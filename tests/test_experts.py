@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from accuracy import assert_as_accurate_as_eager
+from compilers import compiles
 from models import VOCABULARY, make_batch, make_model
 from pairs import (
     adapter_of,
@@ -450,6 +451,9 @@ def test_compiles_without_a_graph_break(name, implementation):
 
 def test_compiles_the_grouped_product_of_transformers():
     """Which stands in for torch's in float32."""
+    plain = make("mixtral", "grouped_mm").train()
+    if not compiles(block(plain), lambda call: run_block(plain, call)):
+        pytest.skip("this torch does not compile the backward of transformers' own")
     model = patched("mixtral", "grouped_mm").train()
     double = copy.deepcopy(model).double()
     double.set_experts_implementation("eager")

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from accuracy import assert_as_accurate_as_eager
+from compilers import compiles
 from models import make_batch, make_model
 from pairs import adapter_of, bits, fill
 from side_by_side import (
@@ -113,8 +114,9 @@ def test_merged_weights_are_those_of_peft(case):
 
 @pytest.mark.parametrize("case", ["tied", "scaled-by-tensor", "four-modules"])
 def test_compiles_without_a_graph_break(case):
-    torch.compiler.reset()
     make, config, batch = CASES[case]
+    if not compiles(make().train(), lambda call: output(call, batch)):
+        pytest.skip("this torch does not compile the plain model")
     model = fill(patched(make, config | dict(lora_dropout=0.2)), 3).train()
     compiled, results = torch.compile(model, fullgraph=True, backend="aot_eager"), []
     for call in (model, compiled):
