@@ -216,3 +216,12 @@ def test_survives_a_pickle():
     assert type(other) is type(model["mlp"])
     x = torch.randn(1, 5, 48, requires_grad=True)
     assert torch.equal(other(x), model["mlp"](x))
+
+
+def test_4_bits_stay_bitsandbytes():
+    """Its last layer multiplies by itself, with no dense weight to keep."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    model = nn.ModuleDict({"mlp": LlamaMLP(LlamaConfig(**TINY))})
+    model["mlp"].down_proj = bitsandbytes.nn.Linear4bit(80, 48, bias=False).to("cpu")
+    fastlora.patch(model, r=4, targets=["down_proj"])
+    assert type(model["mlp"]) is LlamaMLP

@@ -49,7 +49,8 @@ def test_transposed_operands(device):
 
 def test_rows_of_several_slices(device, monkeypatch):
     """Sums over more tokens than one program takes, of rows that share an adapter with others between them."""
-    monkeypatch.setattr(sys.modules["fastlora_kernels.gpu.token_reduce"], "TOKENS_PER_SLICE", 32)
+    sliced = Tile(32, 64, 0, 4, 2, splits=99)
+    monkeypatch.setattr(sys.modules["fastlora_kernels.gpu.token_reduce"], "side_tile", lambda *_: sliced)
     monkeypatch.setattr(sys.modules["fastlora_kernels.gpu.output_reduce"], "SPAN", 32)
     inputs = backward_inputs((70, [1, 0, -1, 1], [2, 3]), torch.float32, device)
     compare(gpu.lora_linear_mixed_backward, reference.lora_linear_mixed_backward, inputs)

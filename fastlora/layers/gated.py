@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 from .. import ops
 from .base import rebind_hooked_forward
 from .branch import draw_seed
-from .linear import LinearLayer
+from .linear import LoraLinear
 
 # Activations that are a function of each element alone.
 ACTIVATIONS = {
@@ -75,7 +75,7 @@ def _adapter_alone(down: Any, act: nn.Module, gate: Tensor, up: Tensor) -> str |
     """The adapter, where a backward is to come, one op computes the last layer, and nobody looks at what goes in."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
-    if not isinstance(down, LinearLayer) or type(act).__name__ not in ACTIVATIONS:
+    if not isinstance(down, LoraLinear) or type(act).__name__ not in ACTIVATIONS:
         return None
     hooked = any(getattr(module, name) for module in (down, act) for name in _HOOKS)
     if hooked or any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
@@ -101,7 +101,7 @@ def _class_for(original: type) -> type:
 
 def _bare(original: type) -> Any:
     """What a copy or a pickle fills: the class is made anew where it is not there."""
-    kind = _class_for(original)
+    kind: Any = _class_for(original)
     return kind.__new__(kind)
 
 
@@ -109,7 +109,7 @@ def form_gated(model: nn.Module) -> None:
     """Gives every gated MLP whose last layer has adapters the class that keeps less."""
     for module in model.modules():
         kind = type(module)
-        if isinstance(module, GatedMLP) or not isinstance(module._modules.get("down_proj"), LinearLayer):
+        if isinstance(module, GatedMLP) or not isinstance(module._modules.get("down_proj"), LoraLinear):
             continue
         if not hasattr(kind.forward, "__code__") or _code(kind.forward) not in _KNOWN:
             continue
