@@ -157,8 +157,8 @@ ROWS = [
     made_up("linear by tokens", "frozen, cuBLAS", 15.0, sizes={"M": 64}, work={"flop": 4e9, "bytes": 1e7}),
     made_up("merge", "copy of as many bytes", 5.0, work={"flop": 1e6, "bytes": 1e7}),
     made_up("merge", "fastlora", 6.0, {"copy of as many bytes": 1.2}, work={"flop": 1e6, "bytes": 1e7}),
-    made_up("bytes for backward, GPU", "fastlora bf16", 660.0, {"PEFT bf16": 0.4}, "linears and activation, 8192 tokens", "MiB",
-            sizes={"M": 8192}),
+    made_up("bytes for backward, GPU", "fastlora bf16", 660.0, {"PEFT bf16": 0.4},
+            "linears and activation, 8192 tokens", "MiB", sizes={"M": 8192}),
     made_up("merge", "peer", None, note="not installed: peer"),
 ]  # fmt: skip
 
