@@ -64,6 +64,8 @@ def devices() -> list[torch.device]:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return torch.__version__  # which tells the build, as a wheel's own version need not
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
